@@ -1,0 +1,275 @@
+"""The matrix: models x precisions x batches x stacks -> cells.
+
+A cell that cannot exist on any machine is never generated (``impossible``); one that this machine
+cannot run is generated and skipped with a sentence (``missing``); a test asks only for the cells
+that can move its number (``moves``).  Ids are the same on every machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+
+import impl  # registers every technique
+from impl.core import PHASES, TECHNIQUES, StudyError, Technique, members, nearest, stack
+from impl.machine import lacks, memory_bytes
+from impl.models import SPECS, ModelSpec, footprint_bytes
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+BATCHES = (1, 8, 32, 64)
+
+# Each stack answers the question beside it.
+STACKS: tuple[tuple[str, ...], ...] = (
+    # Does a preallocated cache help once the step is compiled, and is the result still the same?
+    ("static_kv_cache", "torch_compile"),
+    # Do fewer weight bytes pay once overhead is gone?
+    ("int8_weight_only", "torch_compile"),
+    # Does int8 arithmetic beat int8 storage in a compiled step?
+    ("int8_dynamic", "torch_compile"),
+    # The fastest with the same tokens at fp32: does speculation add to compilation?
+    ("prompt_lookup", "torch_compile"),
+    ("draft_model", "torch_compile"),
+    # Does speculation still pay when the step it saves is already cheap?
+    ("int8_weight_only", "prompt_lookup", "torch_compile"),
+    # Does quantization shorten the steps of a full batch too?
+    ("continuous_batching", "int8_weight_only"),
+    # Does autocast add anything to a compiled fp32 model?
+    ("autocast_bf16", "torch_compile"),
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One point of the study: a stack of techniques on a workload."""
+
+    techniques: tuple[Technique, ...]
+    model: str
+    precision: str
+    batch: int
+
+    @property
+    def stack(self) -> str:
+        """The names of the techniques in phase order, joined by ``+``."""
+        return "+".join(t.name for t in self.techniques)
+
+    @property
+    def workload(self) -> str:
+        return f"{self.model}-{self.precision}-batch{self.batch}"
+
+    @property
+    def id(self) -> str:
+        return f"{self.stack}-{self.workload}"
+
+    def of(self, *names: str) -> Cell:
+        """The same workload under another stack."""
+        return Cell(stack(*names), self.model, self.precision, self.batch)
+
+
+def impossible(
+    techniques: Sequence[Technique], spec: ModelSpec, precision: str, batch: int
+) -> tuple[str, str] | None:
+    """Why this cell can exist on no machine, as (scope, reason), or None.
+
+    ``scope`` is how far the reason reaches: ``stack``, ``model``, ``precision`` or ``batch``.
+    """
+    hosts = {t.host for t in techniques}
+    if len(hosts) > 1:
+        return "stack", "one technique runs on transformers' model, another on the lean decoder"
+    taken: dict[str, Technique] = {}
+    for t in techniques:
+        for slot in sorted(t.replaces):
+            if (other := taken.setdefault(slot, t)) is not t:
+                return "stack", f"{other.name} and {t.name} both replace the {slot}"
+    for t in techniques:
+        if lacking := t.needs - spec.needs:
+            return "model", f"{t.name} needs {', '.join(sorted(lacking))}; {spec.name} has none"
+    for t in techniques:
+        if precision not in t.precisions:
+            return "precision", f"{t.name} means nothing at {precision}"
+    for t in techniques:
+        if batch < t.min_batch:
+            return "batch", f"{t.name} needs a batch of {t.min_batch} or more"
+    return None
+
+
+def missing(cell: Cell, spec: ModelSpec, device: str = "cpu") -> str | None:
+    """What this machine lacks to run the cell, as a sentence, or None."""
+    for t in members(cell.techniques, spec.needs):
+        for requirement in sorted(t.requires):
+            if reason := lacks(requirement, device):
+                return f"{t.name} {reason}"
+    if cell.precision == "fp16" and device == "cpu":
+        return "needs cuda for fp16; CPUs compute it through fp32"
+    if reason := spec.lacks():
+        return reason
+    want, have = footprint_bytes(spec, cell.precision, cell.batch), memory_bytes(device)
+    if want > have:
+        return (
+            f"needs {want / 1e9:.1f} GB of memory at batch {cell.batch}; {device} has "
+            f"{have / 1e9:.1f} GB free: take a smaller --batches or a lower --precisions"
+        )
+    return None
+
+
+# What of the engine a phase writes; every other phase writes the model.
+SLOT_OF_PHASE = {"decode": "decode", "schedule": "scheduler"}
+
+
+def moves(cell: Cell, slots: Iterable[str]) -> bool:
+    """Whether the cell can change a number measured over ``slots``.
+
+    A test over ("model",) is moved by whatever rewrites the model; decoding techniques move only
+    "decode", schedulers only "scheduler", caches "cache" as well as what they replace.  The
+    baseline always can: it is the yardstick.
+    """
+    wanted = set(slots)
+    for t in cell.techniques:
+        own = {SLOT_OF_PHASE.get(t.phase, "model")} | (
+            t.replaces & {"cache", "decode", "scheduler"}
+        )
+        if "scheduler" in t.replaces:
+            own = {"scheduler"}
+        elif "decode" in t.replaces:
+            own = {"decode"}
+        if t.name == "eager" or own & wanted:
+            return True
+    return False
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How much of the matrix a run takes, and how large its workloads are."""
+
+    models: tuple[str, ...]
+    precisions: tuple[str, ...]
+    batches: tuple[int, ...]
+    prompt_tokens: int
+    new_tokens: int
+    requests: int
+
+
+ZOO = tuple(name for name, spec in SPECS.items() if not spec.auxiliary)
+PROFILES = {
+    # every technique once: what CI runs
+    "smoke": Profile(("lm_small", "digits_resnet", "minilm"), ("fp32", "bf16"), (1, 8), 32, 16, 8),
+    # about ten minutes on two CPU cores
+    "core": Profile(
+        ("lm_small", "digits_resnet", "minilm", "llama_1b"), ("fp32", "bf16"), (1, 8), 64, 32, 44
+    ),
+    # the claims that the README prints
+    "headline": Profile(("lm_small",), ("fp32", "bf16"), (1,), 64, 128, 44),
+    # everything
+    "full": Profile(ZOO, PRECISIONS, BATCHES, 128, 128, 128),
+}
+
+
+def in_profile(name: str, techniques: tuple[Technique, ...], model: str, precision: str,
+               batch: int) -> bool:  # fmt: skip
+    """Whether the profile takes this cell; ``_first`` of each stack for smoke is taken later."""
+    names = {t.name for t in techniques}
+    compiled = "torch_compile" in names
+    if name == "core":
+        if model == "llama_1b":
+            return batch == 1 and precision == "bf16" and names <= {"eager", "lean_decoder"}
+        if compiled:
+            return batch == 1 or (batch == 8 and precision == "bf16" and len(names) == 1)
+        if len(names) > 1:
+            return batch == (8 if "continuous_batching" in names else 1)
+        if batch == 8 and model == "lm_small":
+            return precision == "bf16" or any(t.min_batch > 1 for t in techniques)
+        if model != "lm_small":
+            return batch == 8 or precision == "fp32"
+    if name == "headline":
+        return names in [{"eager"}, {"lean_decoder"}] or len(names) > 1
+    return True
+
+
+@dataclass
+class Selection:
+    """The cells of a run: a profile, narrowed or widened by what the user asked for."""
+
+    profile: str = "core"
+    models: Sequence[str] = ()
+    precisions: Sequence[str] = ()
+    batches: Sequence[int] = ()
+    techniques: Sequence[str] = ()  # stacks written a+b
+    specs: dict[str, ModelSpec] = field(default_factory=lambda: dict(SPECS))
+
+    def __post_init__(self) -> None:
+        if self.profile not in PROFILES:
+            raise nearest("profile", self.profile, PROFILES)
+        for kind, names, known in (
+            ("model", self.models, self.specs),
+            ("precision", self.precisions, PRECISIONS),
+        ):
+            for name in names:
+                if name not in known:
+                    raise nearest(kind, name, known)
+        for batch in self.batches:
+            if batch < 1:
+                raise StudyError(f"batch {batch} is not a positive number; write --batches 1,8")
+
+    @property
+    def size(self) -> Profile:
+        return PROFILES[self.profile]
+
+    def stacks(self) -> list[tuple[Technique, ...]]:
+        if self.techniques:
+            return [stack(*s.split("+")) for s in self.techniques]
+        singles = [(t,) for t in sorted(TECHNIQUES.values(), key=_table_order)]
+        return singles + [stack(*s) for s in STACKS]
+
+    def every(self) -> Iterator[tuple[tuple[Technique, ...], ModelSpec, str, int]]:
+        """Stacks x models x precisions x batches, the impossible ones included."""
+        size = self.size
+        for techniques, model, precision, batch in product(
+            self.stacks(), self.models or size.models, self.precisions or size.precisions,
+            self.batches or size.batches):  # fmt: skip
+            yield techniques, self.specs[model], precision, batch
+
+    def cells(self) -> dict[str, Cell]:
+        """Id -> cell of this run, in table order."""
+        asked = bool(self.techniques or self.precisions or self.batches or self.models)
+        found: dict[str, Cell] = {}
+        once: set[tuple[str, str]] = set()
+        for techniques, spec, precision, batch in self.every():
+            if impossible(techniques, spec, precision, batch):
+                continue
+            if not asked and not in_profile(self.profile, techniques, spec.name, precision, batch):
+                continue
+            cell = Cell(techniques, spec.name, precision, batch)
+            if self.profile == "smoke" and not asked:
+                key = cell.stack, spec.kind
+                if key in once:
+                    continue
+                once.add(key)
+            found[cell.id] = cell
+        return found
+
+    def impossible(self) -> dict[str, str]:
+        """``stack[-model[-precision|-batch]]`` -> why it can exist on no machine."""
+        found: dict[str, str] = {}
+        for techniques, spec, precision, batch in self.every():
+            if reason := impossible(techniques, spec, precision, batch):
+                scope, why = reason
+                name = "+".join(t.name for t in techniques)
+                at = {"stack": "", "model": f"-{spec.name}",
+                      "precision": f"-{spec.name}-{precision}",
+                      "batch": f"-{spec.name}-batch{batch}"}[scope]  # fmt: skip
+                found[name + at] = why
+        return found
+
+
+def _table_order(t: Technique) -> tuple[int, int, bool, str]:
+    first = {"eager": 0, "lean_decoder": 1}.get(t.name, 2)
+    return first, PHASES.index(t.phase), t.is_peer, t.name
+
+
+def tokens() -> tuple[str, ...]:
+    """Every token that ids are made of; no one contains another (but technique names)."""
+    return (*SPECS, *PRECISIONS, *(f"batch{b}" for b in BATCHES))
+
+
+__all__ = ["BATCHES", "PRECISIONS", "PROFILES", "STACKS", "Cell", "Selection", "impl",
+           "impossible", "missing", "moves", "tokens"]  # fmt: skip
