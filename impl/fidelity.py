@@ -45,6 +45,7 @@ class Fidelity:
     limit: float = 0.0
     metric: str = ""
     also: tuple[tuple[str, float], ...] = ()
+    near_tie: float = 0.0  # logits of a lossy model move this much with the order of sums
 
     @property
     def lossless(self) -> bool:
@@ -72,9 +73,13 @@ def close(sqnr_db: float) -> Fidelity:
     return Fidelity("close", sqnr_db)
 
 
-def budget(metric: str, worst: float, **also: float) -> Fidelity:
-    """``metric`` at most ``worst`` worse than the reference's, and each of ``also`` likewise."""
-    return Fidelity("budget", worst, metric, tuple(sorted(also.items())))
+def budget(metric: str, worst: float, near_tie: float = 0.0, **also: float) -> Fidelity:
+    """``metric`` at most ``worst`` worse than the reference's, and each of ``also`` likewise.
+
+    ``near_tie``: rounding activations to few bits turns a difference in the last bit into a
+    step of the quantizer; logits then differ by up to this much between two exact schedules.
+    """
+    return Fidelity("budget", worst, metric, tuple(sorted(also.items())), near_tie)
 
 
 def loosest(fidelities) -> Fidelity:

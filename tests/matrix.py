@@ -273,3 +273,7 @@ def tokens() -> tuple[str, ...]:
 
 __all__ = ["BATCHES", "PRECISIONS", "PROFILES", "STACKS", "Cell", "Selection", "impl",
            "impossible", "missing", "moves", "tokens"]  # fmt: skip
+
+if __name__ == "__main__":  # python -m tests.matrix > tests/data/impossible.txt
+    for _name, _why in Selection("full").impossible().items():
+        print(f"{_name}: {_why}")

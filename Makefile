@@ -1,0 +1,34 @@
+# make bench | test | headline: everything from a bare machine; afterwards use .venv/bin/pytest.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+STAMP := $(VENV)/.installed
+
+.PHONY: bench test headline report lint install clean
+
+bench: install  ## the default profile: table, saved JSON, HTML report (its path comes last)
+	@$(BIN)/python -m reports bench -- $(ARGS)
+
+test: install  ## correctness, effect and quality of the smoke cells, and every other test
+	$(BIN)/pytest --profile smoke --benchmark-skip -q $(ARGS)
+
+headline: install  ## the headline cells in three fresh processes; the worst of the three counts
+	@$(BIN)/python -m reports headline --measure -- $(ARGS)
+
+report: install
+	@$(BIN)/python -m reports build
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml .ci/constraints.txt .ci/install.py
+	@$(PYTHON) .ci/install.py $(VENV)
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .benchmarks

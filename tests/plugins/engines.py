@@ -1,0 +1,297 @@
+"""Engines of the cells, built once for all tests of a cell, and the checks that admit a number."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+from impl.core import Engine, Technique, build, members, stack
+from impl.fidelity import NEAR_TIE, ROUNDING_DB, loosest, loss_of, sqnr_db
+from tests import matrix, workloads
+from tests.matrix import Cell
+from tests.workloads import Size
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Built:
+    """An engine, and what it cost to make it."""
+
+    engine: Engine
+    load_s: float
+
+
+class Pool:
+    """Builds engines on demand and keeps those that the current cell needs."""
+
+    def __init__(self, specs, device: str):
+        self.specs, self.device = specs, device
+        self._built: dict[tuple, Built] = {}
+
+    def get(self, techniques: tuple[Technique, ...], cell: Cell,
+            precision: str | None = None) -> Built:  # fmt: skip
+        """The engine of this stack on the cell's workload (at ``precision`` if given)."""
+        precision = precision or cell.precision
+        names = tuple(t.name for t in techniques)
+        batch = 0 if names in (("eager",), ("lean_decoder",)) else cell.batch
+        key = names, cell.model, precision, batch
+        if key not in self._built:
+            self._built[key] = self._build(techniques, cell, precision)
+        return self._built[key]
+
+    def _build(self, techniques, cell: Cell, precision: str) -> Built:
+        from impl.models import load
+
+        start = time.perf_counter()
+        spec = self.specs[cell.model]
+        _, model = load(spec, DTYPES[precision], self.device)
+        engine = Engine(spec, model, DTYPES[precision], torch.device(self.device), cell.batch)
+        with torch.inference_mode():
+            try:
+                engine = build(engine, techniques)
+            except BaseException:
+                engine.undo.close()
+                raise
+        return Built(engine, time.perf_counter() - start)
+
+    def focus(self, cell: Cell) -> None:
+        """Let go of every engine that this cell does not need."""
+        needed = {t.name for t in cell.techniques}
+        for key in list(self._built):
+            names, model, precision, _ = key
+            same = model == cell.model and (names == ("eager",) or precision == cell.precision)
+            if not same or not (names in (("eager",), ("lean_decoder",)) or set(names) <= needed):
+                self.close(key)
+
+    def close(self, key: tuple) -> None:
+        """Undo what the techniques changed globally, and give the memory back."""
+        self._built.pop(key).engine.undo.close()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        else:
+            _malloc_trim()
+
+    def close_all(self) -> None:
+        for key in list(self._built):
+            self.close(key)
+
+
+def _malloc_trim() -> None:
+    import ctypes
+
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+@dataclass
+class Evidence:
+    """What the checks of a cell found."""
+
+    effect: str
+    quality: list[dict[str, Any]] = field(default_factory=list)
+    note: str = ""
+
+
+class Checks:
+    """The checks of a cell, each done once and remembered, failures too."""
+
+    def __init__(self, pool: Pool, selection: matrix.Selection, device: str):
+        self.pool, self.selection, self.device = pool, selection, device
+        self._done: dict[tuple, Any] = {}
+
+    def size(self, cell: Cell) -> Size:
+        return workloads.size_of(cell, self.pool.specs[cell.model], self.selection.size)
+
+    def once(self, what: str, cell: Cell, check):
+        """The result of ``check()``, or the failure it ended in, remembered."""
+        key = what, cell
+        if key not in self._done:
+            try:
+                self._done[key] = check(), None
+            except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+                self._done[key] = None, error
+        result, error = self._done[key]
+        if error is not None:
+            raise error
+        return result
+
+    def run(self, cell: Cell):
+        """The cell's canonical call, for effects that must see it work."""
+        engine, size = self.pool.get(cell.techniques, cell).engine, self.size(cell)
+        spec = engine.spec
+        if spec.kind == "decoder":
+            if is_served(cell):
+                return lambda: engine.serve(workloads.trace_of(cell, spec, size))
+            ids = workloads.inputs_of(cell, spec, size, self.device)[0]
+            return lambda: engine.generate(ids, size.new_tokens)
+        inputs = workloads.inputs_of(cell, spec, size, self.device)[0]
+        return lambda: engine.forward(inputs)
+
+    def effect(self, cell: Cell) -> str:
+        """One sentence of proof per technique that is on; raises ``NotEngaged``."""
+        return self.once("effect", cell, lambda: self._effect(cell))
+
+    def _effect(self, cell: Cell) -> str:
+        engine = self.pool.get(cell.techniques, cell).engine
+        run, proofs = self.run(cell), []
+        with torch.inference_mode():
+            for t in cell.techniques:
+                proofs.append(t.effect(engine, run))
+        return "; ".join(proofs)
+
+    def same_output(self, cell: Cell) -> str:
+        """The cell's output against the stack without its lossless members."""
+        return self.once("same_output", cell, lambda: self._same_output(cell))
+
+    def _same_output(self, cell: Cell) -> str:
+        with torch.inference_mode():
+            engine = self.pool.get(cell.techniques, cell).engine
+            lossy = tuple(t for t in cell.techniques if not t.fidelity.lossless)
+            reference = self.pool.get(lossy or stack("eager"), cell).engine
+            if engine.spec.kind != "decoder":
+                return self._same_forward(cell, engine, reference)
+            if lossy == cell.techniques:
+                return self._emits_its_own_choices(cell, engine)
+            return self._same_tokens(cell, engine, reference, lossy)
+
+    def _same_forward(self, cell: Cell, engine: Engine, reference: Engine) -> str:
+        """Classifiers and encoders: noise against the baseline, in dB."""
+        fidelity = loosest(t.fidelity for t in members(cell.techniques, engine.spec.needs))
+        limit = ROUNDING_DB[cell.precision]
+        if fidelity.kind == "close":
+            limit = min(limit, fidelity.limit)
+        elif fidelity.kind == "budget":
+            limit = 10.0  # quality decides; this only refuses noise as large as the signal
+        reference = self.pool.get(stack("eager"), cell).engine
+        noise = []
+        for x in workloads.inputs_of(cell, engine.spec, self.size(cell), self.device):
+            noise.append(sqnr_db(reference.forward(x), engine.forward(x)))
+        assert min(noise) >= limit, f"output is {min(noise):.1f} dB from eager; {limit:g} promised"
+        return f"{min(noise):.0f} dB from eager"
+
+    def _same_tokens(self, cell: Cell, engine: Engine, reference: Engine, lossy) -> str:
+        """Every emitted token is the reference's greedy choice, near-ties apart."""
+        from impl.models.quality import tokens_agree
+
+        size, spec = self.size(cell), engine.spec
+        margin = max([NEAR_TIE[_noise_precision(cell)], *(t.fidelity.near_tie for t in lossy)])
+        near_ties = tokens = 0
+        for ids, new, out in self._emitted(cell, engine, spec, size):
+            prompt = ids.shape[1]
+            assert out.shape == (len(ids), prompt + new), (
+                f"{tuple(out.shape)} tokens returned, {(len(ids), prompt + new)} asked for"
+            )
+            assert torch.equal(out[:, :prompt], ids), "the prompt was changed"
+            violations, ties = tokens_agree(reference.forward(out), out, prompt, margin)
+            assert not violations.any(), (
+                f"{int(violations.sum())} of {new * len(ids)} tokens are not the choice of "
+                f"the stack without {'+'.join(t.name for t in cell.techniques if t not in lossy)}"
+            )
+            near_ties, tokens = near_ties + int(ties.sum()), tokens + new * len(ids)
+        return (
+            f"{tokens} tokens the reference's choice, {near_ties} of them near-ties (< {margin:g})"
+        )
+
+    def _emitted(self, cell: Cell, engine: Engine, spec, size: Size):
+        """(prompt (B, T), number of new tokens, prompt and answer) of the canonical call."""
+        if is_served(cell):
+            requests = workloads.trace_of(cell, spec, size)
+            answers = engine.serve(requests)
+            assert [a.id for a in answers] == [r.id for r in requests], "a request is unanswered"
+            for request, answer in zip(requests, answers, strict=True):
+                yield request.ids[None], request.max_new_tokens, answer.ids[None]
+        else:
+            ids = workloads.inputs_of(cell, spec, size, self.device)[0]
+            yield ids, size.new_tokens, engine.generate(ids, size.new_tokens)
+
+    def _emits_its_own_choices(self, cell: Cell, engine: Engine) -> str:
+        """A lossy model alone: what it generates is the greedy choice of its own forward."""
+        return self._same_tokens(cell, engine, engine, cell.techniques)
+
+    def quality(self, cell: Cell) -> list[dict[str, Any]]:
+        """Metrics of the cell against eager, each with its budget; over budget fails."""
+        return self.once("quality", cell, lambda: self._quality(cell))
+
+    def _quality(self, cell: Cell) -> list[dict[str, Any]]:
+        from impl.models.quality import quality_of
+
+        engine = self.pool.get(cell.techniques, cell).engine
+        if engine.spec.random_weights:
+            return []
+        applied = members(cell.techniques, engine.spec.needs)
+        budgets = loosest(t.fidelity for t in applied).budgets
+        precision = cell.precision
+        if [t.name for t in cell.techniques] == ["eager"]:
+            precision = "fp32"  # what low precision itself costs
+            budgets = {"perplexity": 0.01, "accuracy": 0.01, "cosine": 0.01}
+        reference = self.pool.get(stack("eager"), cell, precision).engine
+        with torch.inference_mode():
+            found = quality_of(engine, reference, self.selection.profile)
+        for metric in found:
+            if (worst := budgets.get(metric["metric"])) is None:
+                continue
+            metric["budget"] = _signed(metric["metric"], worst, metric["baseline"])
+            loss = loss_of(metric["metric"], metric["value"], metric["baseline"])
+            assert loss <= worst, (
+                f"{metric['metric']} {metric['value']:.5g} against {metric['baseline']:.5g}: "
+                f"worse by {loss:.3g}, {worst:g} allowed"
+            )
+        return found
+
+    def evidence(self, cell: Cell) -> Evidence:
+        """Everything that must hold before a cell is timed."""
+        effect = self.effect(cell)
+        note = self.same_output(cell)
+        return Evidence(effect, self.quality(cell), note)
+
+
+def _signed(metric: str, worst: float, baseline: float) -> float:
+    """The worst delta (value - baseline) allowed, with the sign of the bad direction."""
+    if metric == "perplexity":
+        return worst * baseline
+    return worst if metric == "kl" else -worst
+
+
+def _noise_precision(cell: Cell) -> str:
+    names = {t.name for t in cell.techniques}
+    return "bf16" if "autocast_bf16" in names else cell.precision
+
+
+def is_served(cell: Cell) -> bool:
+    """Whether the cell's technique shows in serving a trace, not in one generation."""
+    return any(t.phase == "schedule" or "scheduler" in t.replaces for t in cell.techniques)
+
+
+@pytest.fixture(scope="session")
+def pool(request, device):
+    """Engines of this session."""
+    pool = Pool(request.config.selection.specs, device)
+    yield pool
+    pool.close_all()
+
+
+@pytest.fixture(scope="session")
+def checks(request, pool, device) -> Checks:
+    """The checks of this session's cells."""
+    return Checks(pool, request.config.selection, device)
+
+
+@pytest.fixture
+def engine(cell, pool) -> Engine:
+    """The cell's engine: fresh seeded model, techniques applied in phase order."""
+    pool.focus(cell)
+    return pool.get(cell.techniques, cell).engine
+
+
+@pytest.fixture
+def evidence(cell, engine, checks) -> Evidence:
+    """Effect, fidelity and quality of the cell; a cell that is wrong goes no further."""
+    return checks.evidence(cell)
