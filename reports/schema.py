@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from impl.core import StudyError
+
 SCHEMA_FILE = Path(__file__).with_name("schema.json")
 
 HIGHER_IS_BETTER = ("agreement", "accuracy", "cosine", "sqnr", "completion", "recall", "f1")
 
 
-class SchemaError(ValueError):
+class SchemaError(StudyError):
     """A record or a file is not what the schema says; one sentence, naming the key."""
 
 
