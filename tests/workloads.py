@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,29 +31,16 @@ def size_of(cell: Cell, spec: ModelSpec, profile: Profile) -> Size:
     return Size(profile.prompt_tokens, profile.new_tokens, profile.requests)
 
 
-@functools.cache
-def _prompts(length: int) -> torch.Tensor:
-    from impl.models import data
-
-    return data.prompts(data.NUM_PROMPTS, length)  # (32, length)
-
-
-def prompts(spec: ModelSpec, batch: int, length: int, index: int) -> torch.Tensor:
-    """Held-out prompts (batch, length) int64; ``index`` rotates through the 32 of them."""
-    from impl.models import token_ids
-
-    known = _prompts(length) if spec.tokenizer is None else token_ids(spec, 32, length)
-    rows = [(index * batch + i) % len(known) for i in range(batch)]
-    return known[rows] % spec.vocab_size
-
-
 def inputs_of(cell: Cell, spec: ModelSpec, size: Size, device: str) -> list:
     """``NUM_INPUTS`` inputs of one forward or generation of the cell, on the device."""
-    if spec.kind == "decoder":
-        made = [prompts(spec, cell.batch, size.prompt_tokens, i) for i in range(NUM_INPUTS)]
-        return [ids.to(device) for ids in made]
-    made = [spec.example(cell.batch, seed) for seed in range(NUM_INPUTS)]
-    return [to(x, device, cell.precision) for x in made]
+    from impl.models.inputs import images, prompts, sentences
+
+    make = {
+        "decoder": lambda i: prompts(spec, cell.batch, size.prompt_tokens, i),
+        "encoder": lambda i: sentences(spec, cell.batch, i),
+        "classifier": lambda i: images(spec, cell.batch, i),
+    }[spec.kind]
+    return [to(make(i), device, cell.precision) for i in range(NUM_INPUTS)]
 
 
 def to(x, device: str, precision: str):
@@ -115,7 +101,7 @@ def generation_work(engine: Engine, cell: Cell, size: Size, steps: float | None 
     """
     from impl.models.costs import flops_per_token, kv_bytes_per_token
 
-    config = engine.spec.decoder_config
+    config = engine.spec.config
     n, prompt = size.new_tokens, size.prompt_tokens
     passes = 1 + (n - 1 if steps is None else steps)
     weights = weights_read(engine)
@@ -128,6 +114,15 @@ def generation_work(engine: Engine, cell: Cell, size: Size, steps: float | None 
         + sum(flops_per_token(config, c, head=False) for c in range(1, prompt))
     )
     return Work(passes * weights + read, flops, weights + kv * (prompt + n))
+
+
+def prefill_work(engine: Engine, cell: Cell, size: Size) -> Work:
+    """One forward over the prompts with logits at every position."""
+    from impl.models.costs import flops_per_token
+
+    config = engine.spec.config
+    flops = cell.batch * sum(flops_per_token(config, c) for c in range(1, size.prompt_tokens + 1))
+    return forward_work(engine, flops)
 
 
 def forward_work(engine: Engine, flops: float) -> Work:

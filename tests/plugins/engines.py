@@ -17,6 +17,8 @@ from tests import matrix, workloads
 from tests.matrix import Cell
 from tests.workloads import Size
 
+# A model whose quality metrics are within budget may still differ by noise; not by as much as this.
+NOISE_FLOOR_DB = 10.0
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -154,67 +156,65 @@ class Checks:
     def _same_output(self, cell: Cell) -> str:
         with torch.inference_mode():
             engine = self.pool.get(cell.techniques, cell).engine
-            lossy = tuple(t for t in cell.techniques if not t.fidelity.lossless)
-            reference = self.pool.get(lossy or stack("eager"), cell).engine
             if engine.spec.kind != "decoder":
-                return self._same_forward(cell, engine, reference)
-            if lossy == cell.techniques:
-                return self._emits_its_own_choices(cell, engine)
-            return self._same_tokens(cell, engine, reference, lossy)
+                inputs = workloads.inputs_of(cell, engine.spec, self.size(cell), self.device)
+                noise = min(self.near(cell, engine.forward(x), x) for x in inputs)
+                return f"{noise:.0f} dB from eager"
+            near_ties = tokens = 0
+            for ids, new, out in self._emitted(cell, engine):
+                near_ties += self.agree(cell, ids, new, out)
+                tokens += new * len(ids)
+            return f"{tokens} tokens are the reference's choice, {near_ties} of them near-ties"
 
-    def _same_forward(self, cell: Cell, engine: Engine, reference: Engine) -> str:
-        """Classifiers and encoders: noise against the baseline, in dB."""
-        fidelity = loosest(t.fidelity for t in members(cell.techniques, engine.spec.needs))
-        limit = ROUNDING_DB[cell.precision]
-        if fidelity.kind == "close":
-            limit = min(limit, fidelity.limit)
-        elif fidelity.kind == "budget":
-            limit = 10.0  # quality decides; this only refuses noise as large as the signal
-        reference = self.pool.get(stack("eager"), cell).engine
-        noise = []
-        for x in workloads.inputs_of(cell, engine.spec, self.size(cell), self.device):
-            noise.append(sqnr_db(reference.forward(x), engine.forward(x)))
-        assert min(noise) >= limit, f"output is {min(noise):.1f} dB from eager; {limit:g} promised"
-        return f"{min(noise):.0f} dB from eager"
-
-    def _same_tokens(self, cell: Cell, engine: Engine, reference: Engine, lossy) -> str:
-        """Every emitted token is the reference's greedy choice, near-ties apart."""
-        from impl.models.quality import tokens_agree
-
-        size, spec = self.size(cell), engine.spec
-        margin = max([NEAR_TIE[_noise_precision(cell)], *(t.fidelity.near_tie for t in lossy)])
-        near_ties = tokens = 0
-        for ids, new, out in self._emitted(cell, engine, spec, size):
-            prompt = ids.shape[1]
-            assert out.shape == (len(ids), prompt + new), (
-                f"{tuple(out.shape)} tokens returned, {(len(ids), prompt + new)} asked for"
-            )
-            assert torch.equal(out[:, :prompt], ids), "the prompt was changed"
-            violations, ties = tokens_agree(reference.forward(out), out, prompt, margin)
-            assert not violations.any(), (
-                f"{int(violations.sum())} of {new * len(ids)} tokens are not the choice of "
-                f"the stack without {'+'.join(t.name for t in cell.techniques if t not in lossy)}"
-            )
-            near_ties, tokens = near_ties + int(ties.sum()), tokens + new * len(ids)
-        return (
-            f"{tokens} tokens the reference's choice, {near_ties} of them near-ties (< {margin:g})"
-        )
-
-    def _emitted(self, cell: Cell, engine: Engine, spec, size: Size):
+    def _emitted(self, cell: Cell, engine: Engine):
         """(prompt (B, T), number of new tokens, prompt and answer) of the canonical call."""
+        size = self.size(cell)
         if is_served(cell):
-            requests = workloads.trace_of(cell, spec, size)
+            requests = workloads.trace_of(cell, engine.spec, size)
             answers = engine.serve(requests)
             assert [a.id for a in answers] == [r.id for r in requests], "a request is unanswered"
             for request, answer in zip(requests, answers, strict=True):
                 yield request.ids[None], request.max_new_tokens, answer.ids[None]
         else:
-            ids = workloads.inputs_of(cell, spec, size, self.device)[0]
+            ids = workloads.inputs_of(cell, engine.spec, size, self.device)[0]
             yield ids, size.new_tokens, engine.generate(ids, size.new_tokens)
 
-    def _emits_its_own_choices(self, cell: Cell, engine: Engine) -> str:
-        """A lossy model alone: what it generates is the greedy choice of its own forward."""
-        return self._same_tokens(cell, engine, engine, cell.techniques)
+    def near(self, cell: Cell, output: torch.Tensor, inputs) -> float:
+        """dB between the output of a forward and eager's; raises below what the stack promises."""
+        spec = self.pool.specs[cell.model]
+        fidelity = loosest(t.fidelity for t in members(cell.techniques, spec.needs))
+        limit = ROUNDING_DB[_noise_precision(cell)]
+        if fidelity.kind == "close":
+            limit = min(limit, fidelity.limit)
+        elif fidelity.kind == "budget":
+            limit = min(limit, NOISE_FLOOR_DB)
+        reference = self.pool.get(stack("eager"), cell).engine
+        noise = sqnr_db(reference.forward(inputs), output)
+        assert noise >= limit, f"output is {noise:.1f} dB from eager's; {limit:g} dB promised"
+        return noise
+
+    def agree(self, cell: Cell, ids: torch.Tensor, new: int, out: torch.Tensor) -> int:
+        """Number of near-ties in ``out``; raises where a token is not the reference's choice.
+
+        The reference is the stack without its lossless members; a stack of lossy members alone
+        must emit the greedy choices of its own forward.
+        """
+        from impl.models.quality import tokens_agree
+
+        lossy = tuple(t for t in cell.techniques if not t.fidelity.lossless)
+        reference = self.pool.get(lossy or stack("eager"), cell).engine
+        margin = max([NEAR_TIE[_noise_precision(cell)], *(t.fidelity.near_tie for t in lossy)])
+        prompt = ids.shape[1]
+        assert out.shape == (len(ids), prompt + new), (
+            f"{tuple(out.shape)} tokens returned, {(len(ids), prompt + new)} asked for"
+        )
+        assert torch.equal(out[:, :prompt], ids), "the prompt was changed"
+        violations, ties = tokens_agree(reference.forward(out), out, prompt, margin)
+        assert not violations.any(), (
+            f"{int(violations.sum())} of {new * len(ids)} tokens are not the choice of the stack "
+            f"without {'+'.join(t.name for t in cell.techniques if t not in lossy) or 'a cache'}"
+        )
+        return int(ties.sum())
 
     def quality(self, cell: Cell) -> list[dict[str, Any]]:
         """Metrics of the cell against eager, each with its budget; over budget fails."""
