@@ -23,7 +23,6 @@ def test_generation(study, bench):
         return {
             "bytes_moved": work.bytes_moved,
             "flops": work.flops,
-            "working_set": work.working_set,
             **study.counters(),
         }
 
@@ -31,10 +30,10 @@ def test_generation(study, bench):
         sides=study.sides(call),
         inputs=study.inputs(),
         agree=study.agree,
-        tokens=n * cell.batch,
-        marks=lambda ids, on_token: study.engine.generate(ids, n, on_token=on_token),
+        tokens_per_call=n * cell.batch,
+        stream=lambda ids, on_token: study.engine.generate(ids, n, on_token=on_token),
         context={"prompt_tokens": size.prompt_tokens, "new_tokens": n},
-        measured=measured,
+        extra=measured,
         **study.facts(f"generation of {n} tokens after {size.prompt_tokens}"),
     )
 
@@ -49,9 +48,9 @@ def test_prefill(study, bench):
         sides=study.sides(lambda engine: engine.forward),
         inputs=study.inputs(),
         agree=study.agree_logits,
-        tokens=size.prompt_tokens * cell.batch,
+        tokens_per_call=None,
         context={"prompt_tokens": size.prompt_tokens, "new_tokens": 0},
-        measured=lambda: vars(work),
+        **vars(work),
         **study.facts(f"prefill of {size.prompt_tokens} tokens"),
     )
 
@@ -67,7 +66,7 @@ def test_forward(study, bench):
         sides=study.sides(lambda engine: engine.forward),
         inputs=inputs,
         agree=study.agree_logits,
-        requests=study.cell.batch,
-        measured=lambda: vars(work),
+        requests_per_call=study.cell.batch,
+        **vars(work),
         **study.facts("forward"),
     )

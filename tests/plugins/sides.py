@@ -152,7 +152,7 @@ class Study:
             "quality": self.evidence.quality,
             "load_s": self.pool.get(self.cell.techniques, self.cell).load_s,
             "weight_bytes": weight_bytes(self.engine.model),
-            "dtype": workloads.dtype_of_compute(self.cell),
+            "compute_dtype": workloads.dtype_of_compute(self.cell),
         }
 
 
