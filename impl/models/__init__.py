@@ -99,8 +99,12 @@ SHAPES: dict[str, dict[str, Any]] = {
         "head_dim": 128, "tie_word_embeddings": False,
         "rope_parameters": {**_LLAMA_1B["rope_parameters"], "factor": 8.0},
     },
-    "bert_base": {"model_type": "bert", "architectures": ["BertModel"]},
+    "bert_base": {"model_type": "bert", "architectures": ["BertModel"], "vocab_size": 30522,
+                  "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+                  "num_attention_heads": 12, "max_position_embeddings": 512},
     "resnet50": {"model_type": "resnet", "architectures": ["ResNetForImageClassification"],
+                 "num_channels": 3, "embedding_size": 64, "layer_type": "bottleneck",
+                 "hidden_sizes": [256, 512, 1024, 2048], "depths": [3, 4, 6, 3],
                  "num_labels": 1000},
 }  # fmt: skip
 
@@ -140,9 +144,9 @@ def _config_text(name: str, source: str, path: str | None) -> str:
     if source == "random":
         return json.dumps(SHAPES[name])
     if source == "checkpoint":
-        from .checkpoint import read_config
+        from .checkpoint import complete_config
 
-        return json.dumps(read_config(path))
+        return complete_config(str(path)).to_json_string(use_diff=False)
     if source == "package":
         from .encoder import package_folder
 
@@ -195,8 +199,8 @@ def capabilities(config: dict[str, Any], where: str) -> tuple[str, frozenset[str
         if any(size % 64 for size in (*aligned, config.get("vocab_size") or 64)):
             needs.add("unaligned")
         return "decoder", frozenset(needs)
-    if model_type in OTHER_DECODERS:  # its projections are transposed convolutions, no nn.Linear
-        return "decoder", frozenset({"generate", "attention"})
+    if model_type in OTHER_DECODERS:  # on transformers' own model alone: not "lean"
+        return "decoder", frozenset({"generate", "linear", "attention"})
     if model_type in ENCODERS:
         needs = {"linear", "attention", "embed"}
         return "encoder", frozenset(

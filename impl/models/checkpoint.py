@@ -78,6 +78,21 @@ def read_config(name_or_path: str | None) -> dict[str, Any]:
     return config
 
 
+def complete_config(name_or_path: str):
+    """transformers' config of a checkpoint, defaults filled in."""
+    from transformers import AutoConfig
+
+    read_config(name_or_path)
+    try:
+        return AutoConfig.from_pretrained(resolve(name_or_path), local_files_only=True)
+    except (KeyError, OSError, TypeError, ValueError) as error:
+        first = (str(error).splitlines() or [""])[0][:200]
+        raise StudyError(
+            f"transformers cannot read the config.json of {name_or_path} ({first}); save the "
+            "checkpoint again with save_pretrained"
+        ) from error
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint, every one complete."""
     index = folder / "model.safetensors.index.json"
@@ -194,6 +209,8 @@ def load_random(spec: ModelSpec, dtype: torch.dtype) -> nn.Module:
 
 
 def _hf_config(spec: ModelSpec):
+    if spec.source == "checkpoint":
+        return complete_config(str(spec.path))
     from transformers import AutoConfig
 
     config = dict(spec.config)

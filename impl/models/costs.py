@@ -54,6 +54,11 @@ def _persistent_buffers(model: nn.Module):
 
 
 def _decoder(config: dict[str, Any]) -> dict[str, int]:
+    if config["model_type"] == "gpt2":
+        heads, width = config.get("n_head", 12), config.get("n_embd", 768)
+        return {"V": config.get("vocab_size", 50257), "C": width, "L": config.get("n_layer", 12),
+                "F": config.get("n_inner") or 4 * width, "H": heads, "D": width // heads,
+                "Hkv": heads, "E": 0, "k": 0}  # fmt: skip
     heads = config["num_attention_heads"]
     return {
         "V": config["vocab_size"], "C": config["hidden_size"], "L": config["num_hidden_layers"],
@@ -79,21 +84,22 @@ def decoder_parameters(config: dict[str, Any]) -> int:
     layer += 2 * d["D"] if kind == "qwen3" else 0
     mlp = 3 * d["C"] * d["F"] + (2 * d["F"] + d["C"] if config.get("mlp_bias") else 0)
     layer += d["E"] * (mlp + d["C"]) if d["E"] else mlp
-    tables = 1 if config.get("tie_word_embeddings", kind == "qwen2") else 2
+    tables = 1 if config.get("tie_word_embeddings") else 2
     return tables * d["V"] * d["C"] + d["L"] * layer + d["C"]
 
 
-def flops_per_token(config: dict[str, Any], context: int) -> int:
+def flops_per_token(config: dict[str, Any], context: int, head: bool = True) -> int:
     """FLOPs of a decoder for one token that attends to ``context`` keys (its own included).
 
     2 per weight of every matrix it passes through (of the experts, the chosen ones), and
-    4 * heads * head_dim * context per layer for scores and weighted values.
+    4 * heads * head_dim * context per layer for scores and weighted values.  ``head`` False: a
+    prompt's token whose logits nobody asks for.
     """
     d = _decoder(config)
-    mlp = 3 * d["C"] * d["F"]
+    mlp = (2 if config["model_type"] == "gpt2" else 3) * d["C"] * d["F"]
     mlp = d["k"] * mlp + d["C"] * d["E"] if d["E"] else mlp
     layer = 2 * (_attention_weights(d) + mlp) + 4 * d["H"] * d["D"] * context
-    return d["L"] * layer + 2 * d["C"] * d["V"]
+    return d["L"] * layer + (2 * d["C"] * d["V"] if head else 0)
 
 
 def kv_bytes_per_token(config: dict[str, Any], bytes_per_element: int) -> int:
@@ -112,8 +118,7 @@ def parameters(spec: ModelSpec) -> int:
 
     config = spec.config
     if config["model_type"] in LEAN_DECODERS:
-        from_config = {"tie_word_embeddings": False, **config}
-        return decoder_parameters(from_config)
+        return decoder_parameters(config)
     from .checkpoint import stored_elements
 
     return stored_elements(spec)
@@ -122,9 +127,10 @@ def parameters(spec: ModelSpec) -> int:
 def activation_bytes(spec: ModelSpec, context: int, bytes_per_element: int) -> int:
     """Bytes per row beside the weights: cache and fp32 logits, or the widest activations."""
     config = spec.config
-    if spec.kind == "decoder" and "num_hidden_layers" in config:
+    if spec.kind == "decoder":
+        d = _decoder(config)
         cache = context * kv_bytes_per_token(config, bytes_per_element)
-        return cache + context * (config["vocab_size"] + 8 * config["hidden_size"]) * 4
+        return cache + context * (d["V"] + 8 * d["C"]) * 4
     if spec.kind == "classifier":
         pixels = (config.get("image_size") or 224) ** 2
         return 64 * pixels * bytes_per_element
