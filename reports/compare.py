@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from reports.load import Interval, Record, ReportError, Run
+from reports.schema import over_budget
 
 Verdict = Literal["same", "faster", "slower", "ambiguous"]
 SLOWDOWN = 0.10  # unchanged code shifts 2.7..15 % between runs: disjoint intervals alone are not it
@@ -17,7 +18,6 @@ MEMORY_GROWTH = 0.01
 CEILINGS_AGREE = 0.03
 PRECISION = {"cpu": 0.03, "cuda": 0.01}  # the defaults of --bench-precision
 MEMORY_KEYS = ("peak_bytes", "weight_bytes", "kv_bytes")
-WORSE_WHEN_HIGHER = ("perplexity", "kl", "bits_per_byte", "loss", "error", "wer")
 SOFTWARE = ("torch", "transformers", "triton", "cuda", "driver", "python_version")
 
 
@@ -192,24 +192,10 @@ def texts_differ(old: Record, new: Record) -> bool:
     return any(before[metric] != after[metric] for metric in before.keys() & after.keys())
 
 
-def higher_is_worse(metric: dict[str, Any]) -> bool:
-    """The sign of the budget says which way is down; a budget of zero leaves it to the name."""
-    budget = metric.get("budget")
-    if budget:
-        return bool(budget > 0)
-    return str(metric.get("metric", "")).startswith(WORSE_WHEN_HIGHER)
-
-
-def over_budget(metric: dict[str, Any]) -> bool:
-    delta, budget = metric.get("delta"), metric.get("budget")
-    if delta is None or budget is None:
-        return False
-    return bool(delta > budget if higher_is_worse(metric) else delta < budget)
-
-
 def quality_text(metric: dict[str, Any]) -> str:
     """'perplexity 12.4 (delta +0.02 ± 0.01, budget +0.04)'"""
-    text = f"{metric.get('metric')} {metric.get('value'):.4g}"
+    value = metric.get("value")
+    text = f"{metric.get('metric')} " + ("not a number" if value is None else f"{value:.4g}")
     if metric.get("delta") is not None:
         text += f" (delta {metric['delta']:+.3g}"
         text += f" ± {metric['stderr']:.2g}" if metric.get("stderr") is not None else ""
@@ -226,14 +212,18 @@ def shown(record: Record) -> str:
     return f"{ratio.value:.2f}x [{ratio.low:.2f}, {ratio.high:.2f}]"
 
 
-def ceiling_values(run: Run) -> dict[str, float]:
-    """The probes taken first in a run: name -> value."""
-    first = (run.raw.get("ceilings") or {}).get("first") or {}
-    return {
-        name: float(value["value"] if isinstance(value, dict) else value)
-        for name, value in first.items()
-        if isinstance(value, int | float) or (isinstance(value, dict) and "value" in value)
+def ceiling_values(run: Run, when: str = "first") -> dict[str, float]:
+    """The probes of a run, flat: 'read 512 MB', 'copy', 'gemm fp32' -> bytes/s or FLOP/s."""
+    probes = (run.raw.get("ceilings") or {}).get(when) or {}
+    values = {
+        f"read {probe['working_set_bytes'] / 1e6:.0f} MB": float(probe["bytes_per_s"])
+        for probe in probes.get("read") or []
     }
+    if probes.get("copy"):
+        values["copy"] = float(probes["copy"]["bytes_per_s"])
+    for dtype, probe in (probes.get("gemm") or {}).items():
+        values[f"gemm {dtype}"] = float(probe["flops_per_s"])
+    return values
 
 
 def ceilings_agree(old: Run, new: Run) -> tuple[bool, list[str]]:

@@ -13,6 +13,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jsonschema import Draft202012Validator
+
+from reports.schema import schema
+
 PLACES = (Path(".benchmarks"), Path("reports/results"))
 AXES = ("techniques", "model", "precision", "batch", "device", "workload")
 HOW_TO_MAKE_ONE = "make one with `pytest --benchmark-only --benchmark-json=run.json`"
@@ -176,14 +180,12 @@ class Run:
         """What must agree before two runs may be compared (hardware and how much of it is used)."""
         machine = self.machine
         cpu = machine.get("cpu") or {}
-        torch = machine.get("torch")
-        threads = machine.get("threads") or (torch.get("threads") if isinstance(torch, dict) else 0)
         parts = {
             "CPU": cpu.get("brand_raw") or machine.get("processor"),
             "arch": cpu.get("arch") or machine.get("machine"),
             "cores": cpu.get("count"),
             "ISA": machine.get("isa"),
-            "threads": threads or None,
+            "threads": machine.get("threads"),
             "GPU": gpu_names(machine),
         }
         return {name: value for name, value in parts.items() if value}
@@ -248,13 +250,19 @@ def load_run(path: str | Path, *, allow_empty: bool = False) -> Run:
             f"{path} is not a run of this study, it has no {' and no '.join(missing)}: "
             f"{HOW_TO_MAKE_ONE}"
         )
+    if not isinstance(raw["benchmarks"], list) or not isinstance(raw["machine_info"], dict):
+        raise ReportError(
+            f"{path} is not a run of this study, its benchmarks are no list or its machine_info is "
+            f"no object: {HOW_TO_MAKE_ONE}"
+        )
     records, foreign, lacking = [], 0, ""
-    for benchmark in raw["benchmarks"] or []:
+    for benchmark in raw["benchmarks"]:
         try:
             records.append(read_record(benchmark))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             foreign += 1
             lacking = lacking or str(error).strip("'")
+    complain_of_types(path, raw)
     not_run = [read_not_run(entry) for entry in raw.get("not_run") or []]
     if foreign and not records:
         raise ReportError(
@@ -269,6 +277,24 @@ def load_run(path: str | Path, *, allow_empty: bool = False) -> Run:
             "larger --bench-budget"
         )
     return Run(path, raw, records, not_run, foreign)
+
+
+def complain_of_types(path: Path, raw: dict[str, Any]) -> None:
+    """ReportError at the first value of a wrong type or range.
+
+    Keys that are missing or unknown pass: a run of last year must still be comparable.
+    """
+    ours = [
+        b
+        for b in raw["benchmarks"]
+        if isinstance(b, dict) and "cell" in (b.get("extra_info") or ())
+    ]
+    for error in Draft202012Validator(schema()).iter_errors({**raw, "benchmarks": ours}):
+        if error.validator not in ("required", "additionalProperties"):
+            where = ".".join(str(part) for part in error.absolute_path)
+            raise ReportError(
+                f"{path} is malformed: {where}: {error.message[:200]}; {HOW_TO_MAKE_ONE} again"
+            )
 
 
 def read_record(benchmark: dict[str, Any]) -> Record:

@@ -95,13 +95,13 @@ def record(techniques, model="lm_small", precision="fp32", batch=1, workload="ge
         "p95_ms": None,
         "p99_ms": seconds * 1900 if serving and batch == 8 else None,
         "bytes_moved": size * 128 if lm else size,
-        "flops": 2 * size / 4 * 128 * batch,
+        "flops": 2 * size / 4 * (128 if lm else 60) * batch / time / 30,
         "limit_ms": seconds * 1e3 * min(0.9, 0.12 / time),
         "limit_fraction": min(0.9, 0.12 / time),
         "bound": "memory" if batch == 1 else "compute",
-        "weight_bytes": size * memory,
+        "weight_bytes": int(size * memory),
         "kv_bytes": 9_437_184 * batch if lm else None,
-        "peak_bytes": size * memory * 1.3 + 2e7 * batch,
+        "peak_bytes": int(size * memory * 1.3 + 2e7 * batch),
         "mfu": 0.04, "mbu": min(0.9, 0.12 / time),
         "quality": [
             {"metric": "perplexity" if lm else "accuracy", "value": 12.4 * (1 + loss / 100)
@@ -111,6 +111,8 @@ def record(techniques, model="lm_small", precision="fp32", batch=1, workload="ge
         ],
         "effect": f"constructed: {' and '.join(techniques)} on",
     }  # fmt: skip
+    if techniques == ("eager",):
+        values["trace"] = trace(seconds)
     values.update(info)
     data = [seconds * (1 + 0.01 * ((7 * i) % 5 - 2)) for i in range(24)]
     name = f"test_{workload}[{'+'.join(techniques)}-{model}-{precision}-batch{batch}]"
@@ -129,6 +131,19 @@ def record(techniques, model="lm_small", precision="fp32", batch=1, workload="ge
     }  # fmt: skip
 
 
+def trace(seconds):
+    def row(name, calls, share):
+        return {"name": name, "calls": calls, "self_ms": seconds * 1e3 * share, "share": share}
+
+    return {
+        "path": "traces/constructed.json.gz", "calls": 2,
+        "top_ops": [row("aten::mm", 812, 0.44), row("aten::scaled_dot_product_attention", 96, 0.2),
+                    row("aten::cat", 192, 0.11), row("aten::mul", 1300, 0.06)],
+        "layers": [row("LlamaMLP", 6, 0.5), row("LlamaAttention", 6, 0.38)],
+        "syncs": [], "idle_share": None,
+    }  # fmt: skip
+
+
 def constructed_run(**machine):
     """A whole run: three models, stacks, serving, speculation, cells not run."""
     benchmarks = []
@@ -143,7 +158,6 @@ def constructed_run(**machine):
     for model, workload in (("minilm", "embed"), ("digits_resnet", "classify")):
         for name in ("eager", "torch_compile", "int8_dynamic", "int8_weight_only"):
             benchmarks.append(record((name,), model=model, batch=8, workload=workload))
-    probe = {"read_bandwidth": 44e9, "copy_bandwidth": 45e9, "gemm_fp32": 460e9, "gemm_bf16": 9e11}
     lost = {"techniques": ["fp8_dynamic"], "families": ["quantization"], "model": "lm_small",
             "precision": "bf16", "batch": 1, "device": "cpu", "workload": "generate"}  # fmt: skip
     not_run = [
@@ -166,11 +180,33 @@ def constructed_run(**machine):
         "datetime": "2000-01-01T00:00:00+00:00",
         "version": "5.3.1",
         "not_run": not_run,
-        "ceilings": {"first": probe, "last": {k: v * 0.99 for k, v in probe.items()},
-                     "drift": 0.01},
+        "ceilings": {"first": probes(), "last": probes(0.99), "drift": 0.01},
         "aa": {"trials": 40, "misses": 1, "noise_floor": 0.012},
-        "conditions": {"before": {"load": 0.4, "threads": 2}, "after": {"load": 1.9, "threads": 2}},
+        "conditions": {"threads": 2, "seed": 0, "precision": 0.03, "budget_s": 600.0,
+                       "before": state(0.4), "after": state(1.9),
+                       "marks": ["constructed: the machine was said to be busy"]},
     }  # fmt: skip
+
+
+def probes(scale=1.0):
+    def moved(bytes_per_s, size):
+        return {"bytes_per_s": bytes_per_s * scale, "working_set_bytes": size, "spread": 0.02,
+                "path": "constructed"}  # fmt: skip
+
+    return {
+        "device": "cpu", "threads": 2, "last_level_cache_bytes": 2**25,
+        "read": [moved(177e9, 2**24), moved(44e9, 2**29)],
+        "copy": moved(45e9, 2**29),
+        "gemm": {dtype: {"flops_per_s": flops * scale, "spread": 0.01, "path": "constructed"}
+                 for dtype, flops in (("fp32", 460e9), ("bf16", 900e9))},
+        "seconds": 3.0,
+    }  # fmt: skip
+
+
+def state(load):
+    empty = dict.fromkeys(("cpu_mhz", "gpu_sm_mhz", "gpu_memory_mhz", "gpu_power_w",
+                           "gpu_temperature_c", "throttle_reasons"))  # fmt: skip
+    return {**empty, "load_1m": load, "memory_available_bytes": 8 * GiB}
 
 
 def save(path: Path, run: dict) -> Path:
