@@ -238,13 +238,13 @@ HOW_TO_READ = (
     ("faster, slower", "the interval excludes 1 and reaches past the margin; <b>same</b>: it lies "
      "inside the margin (twice the precision aimed at, or this machine's noise floor); "
      "<b>ambiguous</b>: neither, or fewer than six pairs"),
-    ("time per call", "context, not a claim: medians of cells measured minutes apart wander with the "
-     "machine's load, paired ratios do not"),
-    ("of the limit", "how near the cell is to what this machine's own bandwidth or arithmetic allows, "
-     "measured in the same run"),
+    ("time per call", "context, not a claim: medians of cells measured minutes apart wander with "
+     "the machine's load, paired ratios do not"),
+    ("of the limit", "how near the cell is to what this machine's own bandwidth or arithmetic "
+     "allows, measured in the same run"),
     ("quality +0.015 ± 0.004", "change against the baseline's value and the standard error of that "
      "paired difference; random weights have none"),
-    ("MBU, MFU", "bytes / time over the measured read bandwidth; FLOPs / time over the measured GEMM"),
+    ("MBU, MFU", "bytes / time over the measured read bandwidth; FLOPs / time over the GEMM probe"),
 )  # fmt: skip
 
 

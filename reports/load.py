@@ -44,7 +44,7 @@ def interval(value: Any, low: Any, high: Any) -> Interval | None:
 
 @dataclass(frozen=True)
 class Cell:
-    """Coordinates of one measurement. A stack is a set: the order of `techniques` is for reading."""
+    """Coordinates of one measurement. A stack is a set: `techniques` has an order for reading."""
 
     techniques: tuple[str, ...]
     model: str
@@ -229,7 +229,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ReportError(f"{path} is a folder: name the JSON file in it") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ReportError(
-            f"{path} is not JSON ({error}): was its run interrupted while writing? {HOW_TO_MAKE_ONE}"
+            f"{path} is not JSON ({error}): was its run interrupted? {HOW_TO_MAKE_ONE}"
         ) from None
     except OSError as error:
         raise ReportError(f"{path} cannot be read ({error.strerror}): check its rights") from None

@@ -76,4 +76,6 @@ def chapter(run: Run, out: Path, repeated: Sequence[Run]) -> str:
 def contents(text: str) -> str:
     """A table of contents from the sections that are there."""
     found = re.findall(r'<section id="([\w-]+)"><h2>(.*?)</h2>', text)
-    return "<nav><ul>" + "".join(f'<li><a href="#{i}">{t}</a></li>' for i, t in found) + "</ul></nav>"
+    return (
+        "<nav><ul>" + "".join(f'<li><a href="#{i}">{t}</a></li>' for i, t in found) + "</ul></nav>"
+    )

@@ -1,7 +1,7 @@
 """The plots, as SVG text that stands inside the page.
 
 Small figures, one per workload, so that a phone shows each at its own size. Text stays text
-(`svg.fonttype: none`), and colours are the page's CSS variables, so that a dark page has dark plots.
+(`svg.fonttype: none`), and colours are the page's CSS variables: a dark page has dark plots.
 """
 
 import io
@@ -27,7 +27,7 @@ PALETTE = {  # colours that no one sees: each is replaced by the CSS variable of
     "#090909": "card",
 }  # fmt: skip
 COLOR = {name: code for code, name in PALETTE.items()}
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "font.size": 9.0,
     "font.family": "DejaVu Sans",
@@ -62,7 +62,7 @@ def svg(figure: Figure, label: str) -> str:
     figure.patch.set_visible(False)
     for axes in figure.axes:
         axes.patch.set_visible(False)
-    salt = {"svg.hashsalt": label, "svg.fonttype": "none"}
+    salt: Any = {"svg.hashsalt": label, "svg.fonttype": "none"}
     with matplotlib.rc_context(salt):
         figure.savefig(text, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format",
                                                                    "Type")))  # fmt: skip
@@ -76,7 +76,8 @@ def svg(figure: Figure, label: str) -> str:
     body = re.sub(r"<style[^>]*>.*?</style>", "", body, count=1, flags=re.S)
     head = re.match(r"<svg[^>]*?>", body)
     box = re.search(r'viewBox="([^"]+)"', body)
-    assert head and box
+    assert head
+    assert box
     return (
         f'<svg viewBox="{box[1]}" role="img" aria-label="{escape(label)}" '
         f'xmlns:xlink="http://www.w3.org/1999/xlink">{body[head.end() :]}'
@@ -207,12 +208,18 @@ def log_ticks(axis: Axis) -> None:
 
 def memory_bars(records: Sequence[Record], title: str) -> str:
     """Peak memory of one call: weights, KV cache, the rest."""
-    cells = sorted((r for r in records if r.number("peak_bytes")), key=lambda r: r.info["peak_bytes"])
+    cells = sorted(
+        (r for r in records if r.number("peak_bytes")), key=lambda r: r.info["peak_bytes"]
+    )
     rows = Rows.of([r.cell.stack for r in cells])
     with drawing(rows.height + 0.15) as (figure, axes):
         for y, record in zip(rows.at, cells, strict=True):
             left, peak = 0.0, float(record.info["peak_bytes"])
-            for key, color in (("weight_bytes", "accent"), ("kv_bytes", "faster"), ("", "ambiguous")):
+            for key, color in (
+                ("weight_bytes", "accent"),
+                ("kv_bytes", "faster"),
+                ("", "ambiguous"),
+            ):
                 part = min(float(record.number(key) or 0), peak - left) if key else peak - left
                 axes.barh(y, part / 2**20, 0.3, left / 2**20, color=COLOR[color])
                 left += part
@@ -231,14 +238,15 @@ def roofline(records: Sequence[Record], bandwidth: float, peaks: dict[str, float
         knees = [peak / bandwidth for peak in peaks.values()]
         left, right = min([*xs, *knees]) / 3, max([*xs, *knees]) * 3
         for dtype, peak in sorted(peaks.items(), key=lambda item: item[1]):
-            axes.plot([left, peak / bandwidth, right], [bandwidth * left / 1e9, peak / 1e9, peak / 1e9],
+            roof = [bandwidth * left / 1e9, peak / 1e9, peak / 1e9]
+            axes.plot([left, peak / bandwidth, right], roof,
                       color=COLOR["soft"], linewidth=1)  # fmt: skip
-            axes.text(right, peak / 1e9, f"{dtype} {peak / 1e9:.0f} GFLOP/s", ha="right", va="bottom",
-                      fontsize=7.5, color=COLOR["soft"])  # fmt: skip
+            axes.text(right, peak / 1e9, f"{dtype} {peak / 1e9:.0f} GFLOP/s", ha="right",
+                      va="bottom", fontsize=7.5, color=COLOR["soft"])  # fmt: skip
         for bound, color in (("memory", "accent"), ("compute", "slower"), (None, "ambiguous")):
             some = [(x, y / 1e9) for x, y, r in points if r.info.get("bound") == bound]
             if some:
-                axes.scatter(*zip(*some, strict=True), s=14, color=COLOR[color], alpha=0.8,
+                axes.scatter([x for x, _ in some], [y for _, y in some], s=14, color=COLOR[color],
                              label=f"{bound}-bound" if bound else "no limit")  # fmt: skip
         axes.set(xscale="log", yscale="log", xlabel="FLOP per byte moved", ylabel="GFLOP/s")
         axes.set_xlim(left, right)
@@ -262,4 +270,3 @@ def ladder_plot(names: Sequence[str], records: Sequence[Record], title: str) -> 
                       solid_capstyle="butt")  # fmt: skip
         write_rows(axes, rows, [f"{ratio.value:.2f}×" for ratio in ratios])
         return svg(figure, f"Ladder: {title}")
-

@@ -31,8 +31,8 @@ def headline(run: Run) -> str:
         for r in [winner.record]
     ]  # fmt: skip
     lead = (
-        "The fastest measured stack of each workload: once among those that lose no quality (within "
-        "two standard errors), once among those within the quality budget they declare. "
+        "The fastest measured stack of each workload: once among those that lose no quality "
+        "(within two standard errors), once among those within the quality budget they declare. "
     )
     if not run.headline:
         lead += (
@@ -86,8 +86,8 @@ def speedups(run: Run) -> str:
             )
             drawn.append(figure(plots.speedup_bars(records, place), place, note))
     lead = (
-        "Baseline time over the stack's time, from paired samples; whiskers are 95 % intervals, and "
-        "pale bars other people's implementations. The scale is logarithmic: equal lengths are "
+        "Baseline time over the stack's time, from paired samples; whiskers are 95 % intervals, "
+        "and pale bars other people's implementations. The scale is logarithmic: equal lengths are "
         "equal factors. "
         f"{legend(('faster', 'slower', 'same', 'ambiguous'))}"
     )
@@ -191,8 +191,8 @@ def limits(run: Run) -> str:
     ]  # fmt: skip
     head = ["stack", "where", "of the limit", "time", "limit", "bound by", "MBU", "MFU"]
     lead = (
-        "The limit is the larger of least bytes / measured bandwidth and FLOPs / measured GEMM rate. "
-        "Shown: the three closest to it per workload, and the baseline."
+        "The limit is the larger of least bytes / measured bandwidth and FLOPs / measured GEMM "
+        "rate. Shown: the three closest to it per workload, and the baseline."
     )
     body += table(head, rows, (2, 3, 4, 6, 7), "fraction of limit")
     return section("limits", "Fraction of the limit", lead, body)
@@ -214,10 +214,12 @@ def formats(run: Run) -> str:
                 cells.append([row.format, f"<i>{markup.text(row.reason)}</i>", *[NOTHING] * 5])
                 continue
             bytes_, base = r.number("weight_bytes"), eager.number("weight_bytes") if eager else None
-            smaller = f' <span class="ci">{base / bytes_:.2f}× less</span>' if base and bytes_ and r is not eager else ""
-            against = (
-                f"{eager.seconds / r.seconds:.2f}×" if eager and eager is not r else NOTHING
+            smaller = (
+                f' <span class="ci">{base / bytes_:.2f}× less</span>'
+                if base and bytes_ and r is not eager
+                else ""
             )
+            against = f"{eager.seconds / r.seconds:.2f}×" if eager and eager is not r else NOTHING
             cells.append([
                 row.format, f"{markup.stack(r)} <span class=ci>{r.cell.precision}</span>",
                 markup.size(bytes_) + smaller, markup.time(r.seconds), against,
@@ -254,7 +256,10 @@ def ladders(run: Run) -> str:
             for name, rung in zip(names, rungs, strict=True)
         )  # fmt: skip
         if peer:
-            note += f"<li>best peer {markup.text(peer[0])}: the last rung is {markup.ratio(peer[1])} as fast</li>"
+            note += (
+                f"<li>best peer {markup.text(peer[0])}: the last rung is {markup.ratio(peer[1])} "
+                f"as fast</li>"
+            )
         elif peers:
             best = max(peers, key=lambda r: r.speedup.value if r.speedup else 0)
             note += (
@@ -262,12 +267,15 @@ def ladders(run: Run) -> str:
                 f"the same baseline</li>"
             )
         drawn.append(
-            figure(plots.ladder_plot(names, [rung.record for rung in rungs], where(top)), where(top),
-                   f"<ul class=rungs>{note}</ul>")  # fmt: skip
+            figure(
+                plots.ladder_plot(names, [rung.record for rung in rungs], where(top)),
+                where(top),
+                f"<ul class=rungs>{note}</ul>",
+            )
         )
     lead = (
-        "One workload, techniques added one by one: the longest chain of nested stacks in this run. "
-        "Grey is what the rung above had already."
+        "One workload, techniques added one by one: the longest chain of nested stacks in this "
+        "run. Grey is what the rung above had already."
     )
     return section("ladder", "The ladder", lead, figures(drawn)) if drawn else ""
 
@@ -283,15 +291,18 @@ def combinations(run: Run) -> str:
                          else "less than the product" if term.high < 1 else words)  # fmt: skip
             rows.append([
                 markup.stack(found.record), markup.text(where(found.record)),
-                markup.ratio(found.record.speedup), f"{found.product:.2f}×", markup.ratio(term), words,
+                markup.ratio(found.record.speedup), f"{found.product:.2f}×", markup.ratio(term),
+                words,
             ])  # fmt: skip
     lead = (
-        "Interaction = the stack's speed-up / the product of its techniques' own speed-ups, the lean "
-        "decoder counted once. Below 1 two techniques save the same time twice; above 1 one opens the "
-        "way for the other. The intervals treat the cells as independent."
+        "Interaction = the stack's speed-up / the product of its techniques' own speed-ups, the "
+        "lean decoder counted once. Below 1 two techniques save the same time twice; above 1 one "
+        "opens the way for the other. The intervals treat the cells as independent."
     )
     head = ["stack", "where", "measured", "product of singles", "interaction", "so"]
-    return section("combinations", "Combinations", lead, table(head, rows, (2, 3, 4))) if rows else ""
+    return (
+        section("combinations", "Combinations", lead, table(head, rows, (2, 3, 4))) if rows else ""
+    )
 
 
 def speculation(run: Run) -> str:
@@ -316,7 +327,11 @@ def speculation(run: Run) -> str:
     )
     head = ["stack", "where", "accepted", "tokens per step", "gain of the drafts",
             "gain / tokens per step", "speed-up over baseline"]  # fmt: skip
-    return section("speculation", "Speculation", lead, table(head, rows, (2, 3, 4, 5, 6))) if rows else ""
+    return (
+        section("speculation", "Speculation", lead, table(head, rows, (2, 3, 4, 5, 6)))
+        if rows
+        else ""
+    )
 
 
 def serving(run: Run) -> str:
@@ -327,15 +342,16 @@ def serving(run: Run) -> str:
               else '<span class="none">too few</span>' for key in ("p50_ms", "p95_ms", "p99_ms")),
             markup.milliseconds(r.number("ttft_ms")), markup.milliseconds(r.number("tpot_ms")),
             markup.rate(r.number("requests_per_s"), "req/s"),
-            markup.rate(r.number("goodput_rps"), "req/s"), markup.rate(r.number("tokens_per_s"), "tok/s"),
+            markup.rate(r.number("goodput_rps"), "req/s"),
+            markup.rate(r.number("tokens_per_s"), "tok/s"),
         ]
         for r in run.records
         if r.number("requests_per_s") is not None or r.number("p50_ms") is not None
     ]  # fmt: skip
     lead = (
-        "One seeded schedule of arrivals for all, never waiting for replies; latency counts from the "
-        "scheduled arrival. <i>Too few</i>: fewer requests than the percentile needs at 99 % confidence "
-        "(p50 7, p90 44, p95 90, p99 459)."
+        "One seeded schedule of arrivals for all, never waiting for replies; latency counts from "
+        "the scheduled arrival. <i>Too few</i>: fewer requests than the percentile needs at 99 % "
+        "confidence (p50 7, p90 44, p95 90, p99 459)."
     )
     head = ["scheduler", "where", "p50", "p95", "p99", "first token", "later tokens", "requests",
             "in objective", "tokens"]  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a run says: who wins, who is dominated, what adds up, what is missing. No formatting here."""
+"""What a run says: who wins, who is dominated, what adds up, what is missing. No formatting."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -106,7 +106,8 @@ def pareto(records: Iterable[Record]) -> list[ParetoPoint]:
     Two values closer than the standard error of the difference count as equal.
     """
     cells = [(r, m) for r in records if (m := metric_of(r))]
-    points, best = [], []
+    points: list[ParetoPoint] = []
+    best: list[tuple[Record, dict[str, Any]]] = []
     for record, metric in sorted(cells, key=lambda pair: pair[0].seconds):
         slack = metric.get("stderr") or 0.0
         sign = -1 if higher_is_better(metric["metric"]) else 1

@@ -24,11 +24,11 @@ class Browser:
     def __init__(self, profile: Path) -> None:
         command = [str(executable()), "--headless=new", "--no-sandbox", "--disable-gpu",
                    "--no-first-run", "--disable-dev-shm-usage", "--disable-extensions",
-                   "--remote-debugging-pipe", f"--user-data-dir={profile}", "about:blank"]  # fmt: skip
+                   "--remote-debugging-pipe", f"--user-data-dir={profile}"]  # fmt: skip
         to_read, self.to = os.pipe()
         self.back, back_write = os.pipe()
         # the shell puts the two pipes where the browser looks for them
-        line = f"exec 3<&{to_read} 4>&{back_write}; exec \"$0\" \"$@\""
+        line = f'exec 3<&{to_read} 4>&{back_write}; exec "$0" "$@"'
         self.process = subprocess.Popen(
             ["/bin/bash", "-c", line, *command], pass_fds=(to_read, back_write),
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -76,7 +76,10 @@ class Browser:
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.call("Page.navigate", url=path.resolve().as_uri())
         for _ in range(100):
-            if self.run("document.readyState") == "complete" and self.run("location.protocol") == "file:":
+            if (
+                self.run("document.readyState") == "complete"
+                and self.run("location.protocol") == "file:"
+            ):
                 return
             time.sleep(0.05)
         raise RuntimeError(f"{path} did not load")

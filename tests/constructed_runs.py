@@ -54,7 +54,10 @@ def record(techniques, model="lm_small", precision="fp32", batch=1, workload="ge
     unit = {"lm_small": 0.8, "minilm": 0.004, "digits_resnet": 0.0015}[model] * math.sqrt(batch)
     unit *= 0.7 if precision == "bf16" else 1.0
     seconds = time * unit
-    lm, size = model == "lm_small", {"lm_small": 43.6e6, "minilm": 90e6, "digits_resnet": 3e6}[model]
+    lm, size = (
+        model == "lm_small",
+        {"lm_small": 43.6e6, "minilm": 90e6, "digits_resnet": 3e6}[model],
+    )
     size *= 0.5 if precision == "bf16" else 1.0
     speculative = {"prompt_lookup", "draft_model"} & set(techniques)
     serving = workload == "serve"
