@@ -1,4 +1,4 @@
-"""python -m reports build | compare | merge | headline | findings | recommend"""
+"""python -m reports bench | build | check | compare | findings | headline | merge | recommend"""
 
 import argparse
 import json
@@ -18,10 +18,16 @@ def arguments() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
+    commands.add_parser("bench", help="measure, keep the run, build the page",
+                        usage="%(prog)s [-- PYTEST ARGUMENTS]")  # fmt: skip
+
     build = commands.add_parser("build", help="one HTML page; its path is printed last")
     build.add_argument("runs", nargs="*", type=Path, metavar="RUN.json",
                        help="default: the newest run of each machine")  # fmt: skip
     build.add_argument("--out", type=Path, default=OUT, metavar="DIR")
+
+    check = commands.add_parser("check", help="is it a whole and valid run of the study?")
+    check.add_argument("runs", type=Path, nargs="+", metavar="RUN.json")
 
     compare = commands.add_parser("compare", help="what changed; exit 1 on a regression")
     compare.add_argument("old", type=Path)
@@ -36,9 +42,11 @@ def arguments() -> argparse.ArgumentParser:
     merge.add_argument("--worst", action="store_true", help="of a cell in two shards, the slower")
 
     headline = commands.add_parser("headline", help="the worst of fresh processes")
-    headline.add_argument("runs", type=Path, nargs="+", metavar="RUN.json")
+    headline.add_argument("runs", type=Path, nargs="*", metavar="RUN.json")
+    headline.add_argument("--measure", action="store_true",
+                          help="run the processes first; pytest's arguments after --")  # fmt: skip
     headline.add_argument("--out", type=Path, metavar="FILE",
-                          help="default: results/MACHINE/DATE-COMMIT-headline.json")  # fmt: skip
+                          help="default: below reports/results/")  # fmt: skip
 
     findings = commands.add_parser("findings", help="the numbers in findings/ and README.md")
     findings.add_argument("runs", nargs="*", type=Path, metavar="RUN.json")
@@ -57,6 +65,31 @@ def arguments() -> argparse.ArgumentParser:
 
 def read(paths: Sequence[Path]) -> list[Run]:
     return [load_run(path) for path in paths] or newest_runs()
+
+
+def bench(options: argparse.Namespace) -> int:
+    from reports.measure import bench as measure
+
+    status, path = measure(options.pytest)
+    print(f"kept: {path}", flush=True)
+    options.runs, options.out = [path], OUT
+    build(options)
+    return status
+
+
+def check(options: argparse.Namespace) -> int:
+    from reports import schema
+
+    for path in options.runs:
+        run = load_run(path)
+        try:
+            schema.validate_run(run.raw, str(path))
+        except schema.SchemaError as error:
+            raise ReportError(f"{error}: measure again with this version") from None
+        unpaired = sum((r.number("pairs") or 0) < 6 for r in run.records)
+        print(f"{path}: {len(run.records)} cells measured ({unpaired} with fewer than six pairs), "
+              f"{len(run.not_run)} not run, each with its reason")  # fmt: skip
+    return 0
 
 
 def build(options: argparse.Namespace) -> int:
@@ -88,13 +121,16 @@ def merge(options: argparse.Namespace) -> int:
 
 
 def headline(options: argparse.Namespace) -> int:
+    from reports import measure
     from reports.merge import headline as repeat
 
-    runs = [load_run(path) for path in options.runs]
+    if options.measure:
+        runs = measure.repeat(options.pytest)
+    else:
+        runs = [load_run(path) for path in options.runs]
     data: dict[str, Any] = repeat(runs)
     stats, run = data["headline"], runs[-1]
-    date = f"{run.when[:10]}-{run.commit[:12]}"
-    out = options.out or Path("reports/results") / run.slug / f"{date}-headline.json"
+    out = options.out or measure.RESULTS / run.slug / f"{measure.stamp(run)}-headline.json"
     for cell in stats["cells"]:
         if cell["unstable"]:
             print(f"unstable: {'+'.join(cell['cell']['techniques'])} {cell['cell']['model']} "
@@ -131,13 +167,24 @@ def recommend(options: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS = {"build": build, "compare": compare, "merge": merge, "headline": headline,
-            "findings": findings, "recommend": recommend}  # fmt: skip
+COMMANDS = {
+    "bench": bench,
+    "build": build,
+    "check": check,
+    "compare": compare,
+    "findings": findings,
+    "headline": headline,
+    "merge": merge,
+    "recommend": recommend,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0: done; 1: a regression, or stale findings; 2: bad input, said in one sentence."""
-    options = arguments().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    cut = words.index("--") if "--" in words else len(words)
+    options = arguments().parse_args(words[:cut])
+    options.pytest = words[cut + 1 :]
     try:
         return COMMANDS[options.command](options)
     except ReportError as error:

@@ -16,8 +16,8 @@ ORDER = ("slower", "ambiguous", "faster", "same")
 def show(found: Comparison, console: Console | None = None) -> None:
     """Regressions last, where the eye ends; unchanged cells are counted, not listed."""
     console = console or Console(width=None if Console().is_terminal else 140)
-    console.print(f"old  {found.old.path}  {found.old.when[:16]}  {found.old.commit[:12]}")
-    console.print(f"new  {found.new.path}  {found.new.when[:16]}  {found.new.commit[:12]}")
+    console.print(f"old  {found.old.path}  {found.old.when[:16]}  {found.old.commit_short}")
+    console.print(f"new  {found.new.path}  {found.new.when[:16]}  {found.new.commit_short}")
     console.print(f"on   {found.new.hardware_name}", highlight=False)
     for note in found.notes:
         console.print(f"note: {note}", style="yellow", highlight=False)

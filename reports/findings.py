@@ -124,7 +124,7 @@ def family_block(family: str, runs: Sequence[Run], source: Path) -> str:
 
 
 def provenance(run: Run) -> str:
-    return f"Measured {run.when[:10]} at commit `{run.commit[:12]}`, one process."
+    return f"Measured {run.when[:10]} at commit `{run.commit_short}`, one process."
 
 
 HEAD = ("stack", "speed-up, 95 %", "over", "ms per call", "of the limit", "peak MiB", "quality")
@@ -236,7 +236,7 @@ def headline_block(runs: Sequence[Run], repeated: Sequence[Run]) -> str:
         )
         head = ("workload", "fastest stack", "speed-up, 95 %", "among", "of the limit", "quality")
         blocks.append(
-            f"On {run.hardware_name}, {run.when[:10]}, commit `{run.commit[:12]}`, {how}:\n\n"
+            f"On {run.hardware_name}, {run.when[:10]}, commit `{run.commit_short}`, {how}:\n\n"
             + table(head, lines)
         )
     return "\n\n".join(blocks) or NO_RUN

@@ -171,6 +171,11 @@ class Run:
         return str(info.get("id") or "unversioned") + ("+changes" if info.get("dirty") else "")
 
     @property
+    def commit_short(self) -> str:
+        commit, mark, _ = self.commit.partition("+")
+        return commit[:12] + mark
+
+    @property
     def headline(self) -> dict[str, Any] | None:
         """Set in a file that `reports headline` wrote from several processes."""
         return self.raw.get("headline")

@@ -23,8 +23,8 @@ def merge(runs: Sequence[Run], *, worst: bool = False) -> dict[str, Any]:
         check_hardware(first, run)
         if run.commit != first.commit:
             raise ReportError(
-                f"{first.path} is of commit {first.commit[:12]} and {run.path} of "
-                f"{run.commit[:12]}: measure both shards at one commit"
+                f"{first.path} is of commit {first.commit_short} and {run.path} of "
+                f"{run.commit_short}: measure both shards at one commit"
             )
     kept: dict[tuple[Any, ...], tuple[Record, Run]] = {}
     for run in runs:
@@ -108,8 +108,8 @@ def headline(runs: Sequence[Run]) -> dict[str, Any]:
         check_hardware(runs[0], run)
         if run.commit != runs[0].commit:
             raise ReportError(
-                f"{runs[0].path} is of commit {runs[0].commit[:12]} and {run.path} of "
-                f"{run.commit[:12]}: run all processes at one commit"
+                f"{runs[0].path} is of commit {runs[0].commit_short} and {run.path} of "
+                f"{run.commit_short}: run all processes at one commit"
             )
         if run.when == runs[0].when and run.raw == runs[0].raw:
             raise ReportError(

@@ -57,7 +57,7 @@ def summary(run: Run) -> str:
     return (
         f"<p>{markup.text(run.hardware_name)}<br>{markup.text(versions)}<br>"
         f"{markup.text(run.when[:16].replace('T', ' '))}, commit <code>"
-        f"{markup.text(run.commit[:12])}</code></p>"
+        f"{markup.text(run.commit_short)}</code></p>"
         f"<p class=counts><b>{len(run.records)}</b> cells measured, <b>{len(run.not_run)}</b> not "
         f"run</p>" + (f"<ul class=marks>{warned}</ul>" if warned else "")
     )
