@@ -1,0 +1,69 @@
+// Work on rows of a matrix: threads share the rows; sums run in a fixed order, so that results do
+// not depend on the number of threads.
+#pragma once
+#include "simd.h"
+
+constexpr int64_t SERIAL_ELEMENTS = 1 << 15;  // below, waking threads costs more than it saves
+
+template <class Body> inline void each_row(int64_t rows, int64_t n, int threads, Body body) {
+    if (threads <= 1 || rows == 1 || rows * n < SERIAL_ELEMENTS) {
+        for (int64_t row = 0; row < rows; ++row) body(row);
+        return;
+    }
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t row = 0; row < rows; ++row) body(row);
+}
+
+template <class T> inline bool streams(int64_t rows, int64_t n) {
+    return rows * n * int64_t(sizeof(T)) >= int64_t(STREAM_BYTES);
+}
+
+// 1 / sqrt(mean(x^2) + eps).  Blocks of the row are added up in double: long rows lose nothing.
+template <class T> inline float inverse_rms(const T* x, int64_t n, float eps) {
+    double total = 0;
+    int64_t i = 0;
+    while (i + LANES <= n) {
+        f32v part[4] = {};
+        const int64_t end = i + 2048 < n ? i + 2048 : n;
+        for (; i + 4 * LANES <= end; i += 4 * LANES)
+            for (int u = 0; u < 4; ++u) {
+                const f32v v = load(x + i + u * LANES);
+                part[u] += v * v;
+            }
+        for (; i + LANES <= end; i += LANES) {
+            const f32v v = load(x + i);
+            part[0] += v * v;
+        }
+        total += sum((part[0] + part[1]) + (part[2] + part[3]));
+    }
+    for (; i < n; ++i) total += to_float(x[i]) * to_float(x[i]);
+    return float(1. / std::sqrt(total / double(n) + eps));
+}
+
+// y[i] = f(i) over a row: `f` gives the LANES elements from i on, `g` gives one.
+template <class T, class F, class G>
+inline void fill_row(T* y, int64_t n, bool streamed, F f, G g) {
+    int64_t i = 0;
+    if (streamed && sizeof(T) == 4) {
+        for (; i < n && reinterpret_cast<uintptr_t>(y + i) % 64; ++i) from_float(y + i, g(i));
+        for (; i + LANES <= n; i += LANES) stream(reinterpret_cast<float*>(y + i), f(i));
+    } else if (streamed) {  // two vectors of halves make one of floats
+        for (; i < n && reinterpret_cast<uintptr_t>(y + i) % 64; ++i) from_float(y + i, g(i));
+        for (; i + 2 * LANES <= n; i += 2 * LANES) {
+            T pair[2 * LANES];
+            store(pair, f(i));
+            store(pair + LANES, f(i + LANES));
+            stream(reinterpret_cast<float*>(y + i), load_as<f32v>(pair));
+        }
+    }
+    for (; i + LANES <= n; i += LANES) store(y + i, f(i));
+    for (; i < n; ++i) from_float(y + i, g(i));
+    if (streamed) stream_fence();
+}
+
+template <class T>
+inline void norm_row(const T* x, const T* weight, T* y, int64_t n, float inverse, bool streamed) {
+    fill_row(
+        y, n, streamed, [&](int64_t i) { return load(x + i) * inverse * load(weight + i); },
+        [&](int64_t i) { return to_float(x[i]) * inverse * to_float(weight[i]); });
+}

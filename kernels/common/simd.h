@@ -1,0 +1,178 @@
+// Vectors of float in the widest form that the compiler's -march gives: 16 lanes with AVX-512, 8
+// with AVX2, 4 otherwise.  Only GCC's vector extension and a few conversions: one source for all.
+#pragma once
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <omp.h>
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+typedef float f32v __attribute__((vector_size(4 * LANES)));
+typedef int32_t i32v __attribute__((vector_size(4 * LANES)));
+typedef uint32_t u32v __attribute__((vector_size(4 * LANES)));
+typedef uint16_t u16v __attribute__((vector_size(2 * LANES)));
+
+struct bf16 { uint16_t bits; };
+struct f16 { uint16_t bits; };
+
+template <class To, class From> inline To bit_cast(From from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    std::memcpy(&to, &from, sizeof to);
+    return to;
+}
+template <class V> inline V load_as(const void* p) { V v; std::memcpy(&v, p, sizeof v); return v; }
+
+// ---- one number ------------------------------------------------------------------------------
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
+inline float to_float(f16 x) {
+#if defined(__F16C__)
+    return _cvtsh_ss(x.bits);
+#else
+    const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, magnitude = x.bits & 0x7fff;
+    if (magnitude >= 0x7c00) return bit_cast<float>(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
+    const float value = bit_cast<float>(magnitude << 13) * 0x1p112f;  // denormals come out right
+    return bit_cast<float>(bit_cast<uint32_t>(value) | sign);
+#endif
+}
+inline void from_float(float* to, float x) { *to = x; }
+inline void from_float(bf16* to, float x) {
+    const uint32_t u = bit_cast<uint32_t>(x);
+    const bool nan = x != x;
+    to->bits = uint16_t(nan ? (u >> 16) | 0x40 : (u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+inline void from_float(f16* to, float x) {
+#if defined(__F16C__)
+    to->bits = _cvtss_sh(x, 0);
+#else
+    const uint32_t u = bit_cast<uint32_t>(x), sign = u >> 16 & 0x8000, magnitude = u & 0x7fffffff;
+    if (magnitude > 0x7f800000) { to->bits = uint16_t(sign | 0x7e00); return; }
+    if (magnitude >= 0x477ff000) { to->bits = uint16_t(sign | 0x7c00); return; }
+    if (magnitude < 0x38800000) {  // below the smallest normal: let the adder round to its step
+        const float rounded = bit_cast<float>(magnitude) + 0.5f;
+        to->bits = uint16_t(sign | (bit_cast<uint32_t>(rounded) - 0x3f000000));
+        return;
+    }
+    to->bits = uint16_t(sign | (magnitude + 0xc8000fff + (magnitude >> 13 & 1)) >> 13);
+#endif
+}
+
+// ---- a vector --------------------------------------------------------------------------------
+inline f32v splat(float x) { return f32v{} + x; }
+inline f32v load(const float* p) { return load_as<f32v>(p); }
+inline void store(float* p, f32v v) { std::memcpy(p, &v, sizeof v); }
+
+inline f32v load(const bf16* p) {
+#if defined(__AVX512F__)
+    return (f32v)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_as<__m256i>(p)), 16);
+#elif defined(__AVX2__)
+    return (f32v)_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_as<__m128i>(p)), 16);
+#else
+    return (f32v)(__builtin_convertvector(load_as<u16v>(p), u32v) << 16);
+#endif
+}
+inline void store(bf16* p, f32v v) {
+    const u32v u = (u32v)v;
+    u32v rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16;
+    const u32v nan = (u32v)(v != v);
+    rounded = (nan & (u >> 16 | 0x40)) | (~nan & rounded);
+#if defined(__AVX512F__)
+    const __m256i narrow = _mm512_cvtepi32_epi16((__m512i)rounded);
+#elif defined(__AVX2__)
+    const __m256i packed = _mm256_packus_epi32((__m256i)rounded, (__m256i)rounded);
+    const __m128i narrow = _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+#else
+    const u16v narrow = __builtin_convertvector(rounded, u16v);
+#endif
+    std::memcpy(p, &narrow, sizeof narrow);
+}
+inline f32v load(const f16* p) {
+#if defined(__AVX512F__)
+    return (f32v)_mm512_cvtph_ps(load_as<__m256i>(p));
+#elif defined(__F16C__)
+    return (f32v)_mm256_cvtph_ps(load_as<__m128i>(p));
+#else
+    f32v v;
+    for (int i = 0; i < LANES; ++i) v[i] = to_float(p[i]);
+    return v;
+#endif
+}
+inline void store(f16* p, f32v v) {
+#if defined(__AVX512F__)
+    const __m256i narrow = _mm512_cvtps_ph((__m512)v, 0);
+    std::memcpy(p, &narrow, sizeof narrow);
+#elif defined(__F16C__)
+    const __m128i narrow = _mm256_cvtps_ph((__m256)v, 0);
+    std::memcpy(p, &narrow, sizeof narrow);
+#else
+    for (int i = 0; i < LANES; ++i) from_float(p + i, v[i]);
+#endif
+}
+
+inline float sum(f32v v) {  // pairwise, in a fixed order
+    float lane[LANES];
+    std::memcpy(lane, &v, sizeof v);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+    return lane[0];
+}
+inline float maximum(f32v v) {  // NaN if a lane is
+    float m = v[0];
+    for (int i = 1; i < LANES; ++i) m = v[i] > m || v[i] != v[i] ? v[i] : m;
+    return m;
+}
+inline f32v choose(i32v mask, f32v yes, f32v no) {
+    return (f32v)((mask & (i32v)yes) | (~mask & (i32v)no));
+}
+inline f32v larger(f32v a, f32v b) { return choose((i32v)(a > b), a, b); }
+
+// e^x to 1 unit in the last place; 0 below -103.98, infinity above 88.73, NaN stays NaN.
+inline f32v exponential(f32v x) {
+    const f32v bounded = choose((i32v)(x > 89.f), splat(89.f), choose((i32v)(x < -104.f), splat(-104.f), x));
+    const f32v whole = (bounded * 1.44269504f + 12582912.f) - 12582912.f;  // to nearest
+    f32v r = bounded - whole * 0.693359375f;
+    r = r + whole * 2.12194440e-4f;
+    f32v p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.f;
+    // 2^whole in two factors, so that results below the smallest normal come out right
+    const i32v n = __builtin_convertvector(whole, i32v), half = n >> 1;
+    const f32v result = p * (f32v)((half + 127) << 23) * (f32v)((n - half + 127) << 23);
+    return choose((i32v)(x != x), x, result);
+}
+inline float exponential(float x) { return exponential(splat(x))[0]; }
+inline f32v silu(f32v x) { return x / (1.f + exponential(-x)); }
+
+// Bypasses the caches: for outputs so large that nobody finds them there.  p is aligned to 64.
+inline void stream(float* p, f32v v) {
+#if defined(__AVX512F__)
+    _mm512_stream_ps(p, (__m512)v);
+#elif defined(__AVX2__)
+    _mm256_stream_ps(p, (__m256)v);
+#elif defined(__SSE2__)
+    _mm_stream_ps(p, (__m128)v);
+#else
+    store(p, v);
+#endif
+}
+inline void stream_fence() {
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
+}
+constexpr size_t STREAM_BYTES = size_t(16) << 20;  // outputs from here on are streamed

@@ -1,0 +1,151 @@
+// Runs an unchanged CUDA kernel on the CPU: a thread of the operating system per CUDA thread, so
+// that ThreadSanitizer sees a missing barrier and AddressSanitizer an index out of range.
+// Include this, then the .cu file, then SIMT_ENTRY(kernel).
+// Blocks run one after another, the last first.  Not modelled: PTX, tensor cores, asynchronous
+// copies, clusters, partial shuffle masks, races between blocks.  Shuffles order memory here, on a
+// GPU they do not.
+#pragma once
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <condition_variable>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+#include <unistd.h>
+#include <cuda_bf16.h>  // the real types: they compute on the host too
+#include <cuda_fp16.h>
+
+namespace simt {
+[[noreturn]] inline void fail(const char* why) {
+    std::fprintf(stderr, "simt: %s\n", why);
+    _exit(70);
+}
+inline std::chrono::seconds patience() {
+    const char* text = std::getenv("SIMT_TIMEOUT");
+    return std::chrono::seconds(text ? std::atoi(text) : 20);
+}
+
+// Opens when every member waits.  A thread that returns from the kernel leaves, as on the device.
+class Barrier {
+    std::mutex mutex;
+    std::condition_variable opened;
+    int members, waiting = 0;
+    unsigned phase = 0;
+    void open() {
+        waiting = 0;
+        ++phase;
+        opened.notify_all();
+    }
+
+public:
+    explicit Barrier(int n) : members(n) {}
+    void wait() {
+        std::unique_lock lock(mutex);
+        const unsigned mine = phase;
+        if (++waiting == members) return open();
+        // wait_until on the system clock: g++ 12's TSan does not know the wait for steady clocks
+        const auto limit = std::chrono::system_clock::now() + patience();
+        if (!opened.wait_until(lock, limit, [&] { return phase != mine; }))
+            fail("a barrier that some threads never reach");
+    }
+    void leave() {
+        std::lock_guard lock(mutex);
+        if (--members == waiting && waiting) open();
+    }
+};
+
+struct Block {
+    int size;
+    Barrier all;
+    std::deque<Barrier> warps;
+    std::vector<uint64_t> shown;        // by each lane to its warp
+    std::unique_ptr<uint64_t[]> bytes;  // dynamic shared memory: starts as NaN, bounds are exact
+    Block(int n, size_t shared)
+        : size(n), all(n), shown(n), bytes(new uint64_t[shared / 8 + (shared % 8 != 0)]) {
+        std::memset(bytes.get(), 0xff, shared);
+        for (int i = 0; i < n; i += 32) warps.emplace_back(std::min(32, n - i));
+    }
+};
+inline thread_local Block* block;
+inline thread_local int rank;
+inline thread_local dim3 thread_index, block_index, block_size, grid_size;
+
+// Every lane shows `value` and sees that of `lane` (its own when there is no such lane).
+template <class T> T exchange(unsigned mask, T value, int lane) {
+    static_assert(sizeof value <= 8);
+    if (mask != 0xffffffffu) fail("partial shuffle masks are not modelled");
+    Barrier& warp = block->warps[rank / 32];
+    const int source = rank / 32 * 32 + lane;
+    std::memcpy(&block->shown[rank], &value, sizeof value);
+    warp.wait();
+    if (0 <= lane && lane < 32 && source < block->size)
+        std::memcpy(&value, &block->shown[source], sizeof value);
+    warp.wait();
+    return value;
+}
+
+template <class... A>  // arguments as cuLaunchKernel takes them: an array of their addresses
+void launch(void (*kernel)(A...), dim3 grid, dim3 size, size_t shared, void** args) {
+    for (unsigned at = grid.x * grid.y * grid.z; at--;) {
+        Block here(int(size.x * size.y * size.z), shared);
+        std::vector<std::thread> threads;
+        for (int i = 0; i < here.size; ++i)
+            threads.emplace_back([&, i] {
+                block = &here;
+                rank = i;
+                block_size = size;
+                grid_size = grid;
+                thread_index = dim3(i % size.x, i / size.x % size.y, i / (size.x * size.y));
+                block_index = dim3(at % grid.x, at / grid.x % grid.y, at / (grid.x * grid.y));
+                [&]<size_t... I>(std::index_sequence<I...>) {
+                    kernel(*static_cast<A*>(args[I])...);
+                }(std::index_sequence_for<A...>());
+                here.warps[i / 32].leave();
+                here.all.leave();
+            });
+        for (auto& thread : threads) thread.join();
+    }
+}
+}  // namespace simt
+
+#undef __global__
+#undef __device__
+#undef __shared__
+#undef __launch_bounds__
+#define __global__
+#define __device__
+#define __shared__ static  // one block runs at a time
+#define __launch_bounds__(...)
+#define DYNAMIC_SHARED(type, name) type* name = reinterpret_cast<type*>(simt::block->bytes.get())
+#define threadIdx simt::thread_index
+#define blockIdx simt::block_index
+#define blockDim simt::block_size
+#define gridDim simt::grid_size
+#define SIMT_ENTRY(kernel)                                                                       \
+    extern "C" void host_##kernel(const unsigned* d, size_t shared, void** args) {               \
+        simt::launch(kernel, dim3(d[0], d[1], d[2]), dim3(d[3], d[4], d[5]), shared, args);      \
+    }
+
+#ifndef __syncthreads  // a test may plant a missing barrier
+inline void __syncthreads() { simt::block->all.wait(); }
+#endif
+inline void __syncwarp(unsigned = 0xffffffffu) { simt::block->warps[simt::rank / 32].wait(); }
+template <class T> T __shfl_sync(unsigned m, T v, int lane) { return simt::exchange(m, v, lane); }
+template <class T> T __shfl_xor_sync(unsigned m, T v, int bits) {
+    return simt::exchange(m, v, simt::rank % 32 ^ bits);
+}
+template <class T> T __shfl_down_sync(unsigned m, T v, int by) {
+    return simt::exchange(m, v, simt::rank % 32 + by);
+}
+inline float rsqrtf(float v) { return 1.f / std::sqrt(v); }
+inline float __expf(float v) { return std::exp(v); }
+inline float __fdividef(float a, float b) { return a / b; }
+using std::max;
+using std::min;

@@ -1,0 +1,157 @@
+"""An operation: one meaning, several implementations, each an overload of one torch operator.
+
+``torch.ops.study.rms_norm.cpu`` and ``.triton`` are ordinary operators of torch: they run under
+``torch.compile`` without a graph break, and have a shape function and a FLOP formula.
+Inference only: they have no gradient.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from impl.core import StudyError
+
+_LIBRARY = torch.library.Library("study", "DEF")
+OPS: dict[str, Op] = {}
+IMPLS = ("reference", "cpu", "triton", "cuda")
+
+
+class KernelError(StudyError):
+    """A kernel cannot take this input, or cannot be built here: one sentence with the remedy."""
+
+
+def expect(condition: Any, sentence: str) -> None:
+    """Raise ``KernelError(sentence)`` unless ``condition`` holds."""
+    if not condition:
+        raise KernelError(sentence)
+
+
+class Op:
+    """One operation and its implementations.
+
+    name     folder under ``kernels``, and operator ``study::<name>``
+    schema   torch's schema without the name: ``(Tensor x, Tensor weight, float eps) -> Tensor``
+    check    ``check(*args)`` raises ``KernelError`` for wrong shapes, dtypes and devices
+    fake     ``fake(*args)`` gives empty outputs of the right shape, dtype and device
+    cpu      the CPU C++ implementation, as ``(*args) -> outputs``
+    flops    ``flops(*shapes, out_shape=...)``: the count for ``FlopCounterMode``
+
+    ``reference.py``, ``triton.py`` and ``cuda.py``-less folders declare what they have: reference
+    and cpu are given here; a function named after the operation in ``triton.py`` and ``_cuda`` in
+    the folder's module are found when first asked for.
+    """
+
+    def __init__(self, name: str, schema: str, *, check: Callable, fake: Callable,
+                 reference: Callable, cpu: Callable | None = None, cuda: Callable | None = None,
+                 triton: bool = True, flops: Callable | None = None):  # fmt: skip
+        self.name, self.check, self.fake = name, check, fake
+        self.functions: dict[str, Callable] = {"reference": reference}
+        if cpu is not None:
+            self.functions["cpu"] = cpu
+        if triton:
+            self.functions["triton"] = self._triton
+        if cuda is not None:
+            self.functions["cuda"] = cuda
+        self.overloads = {}
+        for impl, function in self.functions.items():
+            overload = f"{name}.{impl}"
+            _LIBRARY.define(overload + schema)
+            _LIBRARY.impl(overload, self._kernel(impl, function), "CompositeExplicitAutograd")
+            torch.library.register_fake(f"study::{overload}", self._fake, lib=_LIBRARY)
+            self.overloads[impl] = getattr(getattr(torch.ops.study, name), impl)
+        if flops is not None:
+            from torch.utils.flop_counter import register_flop_formula
+
+            register_flop_formula(getattr(torch.ops.study, name))(flops)
+        OPS[name] = self
+
+    def __call__(self, *args, impl: str | None = None):
+        """Run ``impl``, or the fastest that the device of the first argument has."""
+        if impl is None:
+            impl = self.fastest(args[0].device.type)
+        elif impl not in self.overloads:
+            known = ", ".join(self.overloads)
+            raise KernelError(f"{self.name} has no implementation {impl!r}; it has {known}")
+        return self.overloads[impl](*args)
+
+    def fastest(self, device: str) -> str:
+        """The implementation chosen when none is named: compiled where it can be built."""
+        order = ("cuda", "triton") if device == "cuda" else ("cpu",)
+        for impl in order:
+            if impl in self.functions and unavailable(impl, device) is None:
+                return impl
+        return "reference"
+
+    def _kernel(self, impl: str, function: Callable) -> Callable:
+        name, check = self.name, self.check
+
+        def kernel(*args):
+            device = args[0].device.type
+            if (impl != "reference" and device != HOME[impl]) or impl == "triton":
+                reason = unavailable(impl, device)
+                expect(reason is None, f"{name}: {reason}")
+            check(*args)
+            return function(*args)
+
+        return kernel
+
+    def _fake(self, *args):
+        self.check(*args)
+        return self.fake(*args)
+
+    def _triton(self, *args):
+        module = importlib.import_module(f"kernels.{self.name}.triton")
+        return getattr(module, self.name)(*args)
+
+
+HOME = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
+
+
+@torch.compiler.assume_constant_result
+def unavailable(impl: str, device: str) -> str | None:
+    """Why ``impl`` cannot run on tensors of ``device``, or None when it can."""
+    from kernels import build
+
+    if impl == "reference":
+        return None
+    if impl == "triton" and device == "cpu":
+        if build.interpreting():
+            return None
+        return (
+            "impl='triton' runs on CUDA tensors; move them there, or set TRITON_INTERPRET=1 "
+            "before Python starts, to check numbers slowly on a CPU"
+        )
+    if device != HOME[impl]:
+        return (
+            f"impl={impl!r} runs on {HOME[impl]} tensors, not on {device}; move them, or take "
+            f"impl='reference'"
+        )
+    return build.lacks_compiler() if impl == "cpu" else build.lacks_nvrtc(impl)
+
+
+def rows_of(x: torch.Tensor, what: str) -> tuple[int, int]:
+    """(number of rows, elements from one row's start to the next) of x (..., N).
+
+    Raises ``KernelError`` when the last dimension is not dense or the rows are not evenly spaced.
+    """
+    n = x.shape[-1]
+    if x.is_contiguous():
+        return (x.numel() // n if n else x.shape[:-1].numel()), n
+    expect(x.stride(-1) == 1 or n <= 1, f"{what} needs a last dimension of stride 1, not "
+           f"{x.stride(-1)}; call .contiguous() on it")  # fmt: skip
+    rows, step = 1, None
+    for size, stride in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1]), strict=True):
+        if size == 1:
+            continue
+        if step is None:
+            step = stride
+        expect(stride == rows * step, f"{what} needs evenly spaced rows, not shape "
+               f"{tuple(x.shape)} with strides {x.stride()}; call .contiguous() on it")  # fmt: skip
+        rows *= size
+    if 0 in x.shape:
+        rows = 0
+    return rows, n if step is None else step

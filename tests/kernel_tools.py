@@ -1,0 +1,288 @@
+"""Running CUDA kernels on the CPU, compiling kernels for GPUs that are not here, and the record.
+
+``host_shim`` puts ``kernels/common/simt.h`` under the CUDA implementations: their own binding code
+then computes on CPU tensors, block by block, a thread per CUDA thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import importlib
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from kernels import build
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMITS = ROOT / "tests/data/kernel_limits.json"
+ARCHS = ("sm_80", "sm_90a")
+ENTRIES = re.compile(r"ENTRY\((?!T)[\w ]+, (\w+)\)")
+
+
+def entry_points(name: str) -> list[str]:
+    """Kernels of ``kernels/<name>/cuda.cu``: its ``ENTRY(type, suffix)`` lines give their names."""
+    text = (build.HERE / name / "cuda.cu").read_text()
+    stems = re.findall(r"^    (\w+)_##name\(", text, re.M)
+    return [f"{stem}_{suffix}" for stem in stems for suffix in ENTRIES.findall(text)]
+
+
+def lacks_shim() -> str | None:
+    """Why CUDA kernels cannot run on the CPU here, or None."""
+    if build.compiler() is None:
+        return "needs a C++ compiler"
+    return None if build.cuda_include() else "needs CUDA's headers with nv/target (extra [gpu])"
+
+
+def build_shim(name: str, *flags: str) -> Path:
+    """``kernels/<name>/cuda.cu``, unchanged, as a library for this CPU."""
+    source = build.HERE / name / "cuda.cu"
+    unit = "\n".join(['#include "simt.h"', f'#include "{source}"',
+                      *(f"SIMT_ENTRY({k})" for k in entry_points(name))])  # fmt: skip
+    options = ["-std=c++20", "-O1", "-g", "-shared", "-fPIC", "-ffp-contract=off", "-w", "-pthread",
+               f"-I{build.COMMON}", f"-isystem{build.cuda_include()}", *flags]  # fmt: skip
+    headers = [p.read_bytes() for p in sorted(build.COMMON.glob("*"))]
+    parts = [unit.encode(), source.read_bytes(), *headers, repr(options).encode()]
+    path = (
+        build.cache_folder() / f"{name}-host-{hashlib.sha256(b''.join(parts)).hexdigest()[:20]}.so"
+    )
+    if not path.exists():
+        part = path.with_suffix(f".{os.getpid()}.part")
+        subprocess.run([*build.compiler(), "-xc++", "-", *options, "-o", part], input=unit,
+                       text=True, check=True)  # fmt: skip
+        part.replace(path)
+    return path
+
+
+@contextlib.contextmanager
+def host_shim(monkeypatch, recorded: list | None = None):
+    """CUDA implementations launch on the CPU inside; launches are appended to ``recorded``."""
+
+    def cuda_kernel(name, symbol, device):
+        return name, symbol
+
+    def launch(kernel, grid, block, *args, shared=0):
+        name, symbol = kernel
+        grid = tuple(grid) if isinstance(grid, tuple) else (grid,)
+        dims = (*grid, 1, 1)[:3] + (block, 1, 1)
+        tensors = [a for a in args if isinstance(a, torch.Tensor)]
+        before = [_bytes(t) for t in tensors]
+        run_on_host(ctypes.CDLL(str(build_shim(name))), symbol, dims, shared, build.typed(args))
+        if recorded is not None:
+            after = [_bytes(t) for t in tensors]
+            scalars = [None if isinstance(a, torch.Tensor) else (type(a).__name__, a.value)
+                       for a in args]  # fmt: skip
+            recorded.append((symbol, dims, shared, scalars, before, after))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "cuda_kernel", cuda_kernel)
+        patch.setattr(build, "launch", launch)
+        yield
+
+
+def _bytes(t: torch.Tensor):
+    """The storage that starts at t, as bytes: all rows, gaps between them included."""
+    span = (
+        1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
+    )
+    return ctypes.string_at(t.data_ptr(), span * t.element_size())
+
+
+def run_on_host(library, symbol, dims, shared, args) -> None:
+    """One launch; ``args`` are addresses and ctypes scalars."""
+    values = [ctypes.c_void_p(a) if isinstance(a, int) else a for a in args]
+    pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+    library[f"host_{symbol}"]((ctypes.c_uint * 6)(*dims), ctypes.c_size_t(shared), pointers)
+
+
+REPLAY = """
+import ctypes, pickle, sys
+library, launches, short = ctypes.CDLL(sys.argv[1]), pickle.load(open(sys.argv[2], "rb")), sys.argv[3]
+for symbol, dims, shared, scalars, before, after in launches:
+    buffers, values, at = [], [], 0
+    for scalar in scalars:
+        if scalar is not None:
+            values.append(getattr(ctypes, scalar[0])(scalar[1]))
+            continue
+        size = len(before[at]) - (4 if short == str(at) else 0)
+        # from malloc, so that AddressSanitizer knows where it ends
+        libc = ctypes.CDLL(None)
+        libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+        address = libc.malloc(size)
+        ctypes.memmove(address, before[at], size)
+        buffers.append((address, size, after[at]))
+        values.append(ctypes.c_void_p(address))
+        at += 1
+    pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+    library["host_" + symbol]((ctypes.c_uint * 6)(*dims), ctypes.c_size_t(shared), pointers)
+    for address, size, expected in buffers:
+        assert ctypes.string_at(address, size) == expected[:size], "another result than without"
+print("replayed", len(launches))
+"""
+
+
+def replay(library: Path, launches: list, sanitizer: str, short_argument: int | None = None):
+    """Run recorded launches again in a child with ``sanitizer``; its CompletedProcess.
+
+    ``short_argument``: the tensor argument whose last 4 bytes are missing.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        (record := Path(folder, "launches.pickle")).write_bytes(pickle.dumps(launches))
+        found = subprocess.run([*build.compiler(), f"-print-file-name=lib{sanitizer[0]}san.so"],
+                               capture_output=True, text=True, check=True)  # fmt: skip
+        env = {k: v for k, v in os.environ.items() if not k.startswith(("COV_", "PYTEST"))}
+        env |= {"LD_PRELOAD": found.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0",
+                "TSAN_OPTIONS": "halt_on_error=1"}  # fmt: skip
+        # g++ 12's TSan refuses kernels that randomise addresses widely; containers may forbid it
+        fixed = ["setarch", "-R"]
+        if subprocess.run([*fixed, "true"], capture_output=True).returncode:
+            fixed = []
+        short = "" if short_argument is None else str(short_argument)
+        return subprocess.run([*fixed, sys.executable, "-c", REPLAY, str(library), str(record),
+                               short], env=env, capture_output=True, text=True,
+                              timeout=300)  # fmt: skip
+
+
+# ---- compiling for GPUs that are not here ---------------------------------------------------
+
+
+@functools.cache
+def nvcc() -> Path | None:
+    """The CUDA compiler of the wheels, of ``CUDA_HOME`` or on the path."""
+    include = build.cuda_include()
+    beside = include.parent / "bin/nvcc" if include else None
+    if beside and beside.exists():
+        return beside
+    found = shutil.which("nvcc")
+    return Path(found) if found else None
+
+
+def compile_cuda(name: str, arch: str) -> tuple[str, dict[str, dict[str, int]]]:
+    """(compiler's version, kernel -> registers, stack, spills, shared memory) by nvcc."""
+    version = subprocess.run([nvcc(), "--version"], capture_output=True, text=True, check=True)
+    number = arch.removeprefix("sm_")
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [nvcc(), "-O3", "-std=c++17", "-cubin", f"-gencode=arch=compute_{number},code={arch}",
+             "-Xptxas=-v,--warn-on-spills", "-Werror", "all-warnings", f"-I{build.COMMON}", "-o",
+             f"{folder}/k.cubin", build.HERE / name / "cuda.cu"],
+            capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, f"nvcc {arch}: {done.stderr[-3000:]}"
+    label = "nvcc " + re.search(r"V([\d.]+)", version.stdout)[1]
+    return label, ptxas_usage(done.stderr)
+
+
+def ptxas_usage(log: str) -> dict[str, dict[str, int]]:
+    """kernel -> registers, stack, spills, shared memory, from ``ptxas -v``."""
+    usage = {}
+    for part in log.split("Compiling entry function '")[1:]:
+        kernel = part.split("'")[0]
+
+        def number(pattern, part=part):
+            found = re.search(pattern, part)
+            return int(found[1]) if found else 0
+
+        usage[kernel] = {
+            "registers": number(r"Used (\d+) registers"),
+            "stack": number(r"(\d+) bytes stack frame"),
+            "spills": number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
+            "shared": number(r"(\d+) bytes smem"),
+        }
+    return usage
+
+
+# shared memory that one block may have
+SHARED_LIMIT = {"sm_80": 166912, "sm_90a": 232448}
+TYPES = {"fp32": "fp32", "bf16": "bf16", "fp16": "fp16"}
+
+AOT = """
+import json, sys
+from tests.kernel_tools import compile_triton
+print(json.dumps(compile_triton(*sys.argv[1:])))
+"""
+
+
+def compile_triton(name: str, arch: str) -> dict:
+    """{version, usage, opcodes} of every kernel and dtype; a process of its own must call this."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module = importlib.import_module(f"kernels.{name}.triton")
+    usage, opcodes = {}, {}
+    for label, variant in module.VARIANTS.items():
+        kernel = getattr(module, label.split("[")[0])
+        for dtype in variant.get("dtypes", TYPES):
+            given = variant.get("types", {})
+            signature, aligned = {}, {}
+            for i, arg in enumerate(kernel.arg_names):
+                if arg in variant["constants"]:
+                    signature[arg] = "constexpr"
+                elif arg.endswith("_ptr"):
+                    signature[arg] = given.get(arg, "*" + TYPES[dtype])
+                    aligned[(i,)] = [["tt.divisibility", 16]]
+                else:
+                    signature[arg] = given.get(arg, "fp32" if arg in ("eps", "scale") else "i32")
+                    if signature[arg] == "i32":
+                        aligned[(i,)] = [["tt.divisibility", 16]]
+            source = ASTSource(fn=kernel, signature=signature, constexprs=variant["constants"],
+                               attrs=aligned)  # fmt: skip
+            built = triton.compile(
+                source, target=GPUTarget("cuda", int(re.sub(r"\D", "", arch)), 32),
+                options={"num_warps": variant["warps"], "num_stages": 3})  # fmt: skip
+            key = f"{label}-{dtype}"
+            usage[key] = _triton_usage(built)
+            usage[key]["shared"] = built.metadata.shared
+            opcodes[key] = sorted(set(re.findall(r"\b(HGMMA|HMMA|IMMA|QGMMA|IGMMA)\b",
+                                                 built.asm["sass"])))  # fmt: skip
+    return {"version": "triton " + triton.__version__, "usage": usage, "opcodes": opcodes}
+
+
+def _triton_usage(built) -> dict[str, int]:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        dump = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True,
+                              text=True, check=True).stdout  # fmt: skip
+    number = {k: int(re.search(rf"\b{k}:(\d+)", dump)[1]) for k in ("REG", "STACK", "LOCAL")}
+    return {"registers": number["REG"], "stack": number["STACK"], "spills": number["LOCAL"]}
+
+
+# ---- the record -----------------------------------------------------------------------------
+
+
+def check_limits(compiler: str, kernel: str, arch: str, usage: dict[str, dict[str, int]]) -> None:
+    """Compare with ``kernel_limits.json``: more of anything fails, and so does less.
+
+    ``KERNEL_LIMITS=record`` writes what it sees.  A compiler that is not in the record fails only
+    on spills: its numbers are another compiler's.
+    """
+    for entry, used in usage.items():
+        assert used["spills"] == 0, f"{entry} for {arch} spills {used['spills']} bytes"
+        assert used["shared"] <= SHARED_LIMIT[arch], f"{entry} would not launch on {arch}"
+    record = json.loads(LIMITS.read_text()) if LIMITS.exists() else {}
+    if os.environ.get("KERNEL_LIMITS") == "record":
+        record.setdefault(compiler, {}).setdefault(kernel, {})[arch] = usage
+        LIMITS.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+        return
+    if compiler not in record:
+        return
+    expected = record[compiler].get(kernel, {}).get(arch)
+    assert usage == expected, (
+        f"{kernel} for {arch} by {compiler} uses {usage}, the record says {expected}; when that is "
+        "meant, record it: KERNEL_LIMITS=record pytest tests/test_kernels.py -k compiles"
+    )

@@ -1,0 +1,381 @@
+"""Are the kernels right?  Every operation, implementation, dtype and shape against fp64.
+
+By default: reference and CPU C++ at every instruction set of this processor, CUDA through the
+host shim, Triton under its interpreter, both compiled for sm_80 and sm_90a with their registers
+held to ``tests/data/kernel_limits.json``.  On a GPU the same cases run there too.
+
+    pytest tests/test_kernels.py                            everything but what is marked slow
+    pytest tests/test_kernels.py -m slow                    those: sanitizers, under the host shim
+    KERNEL_LIMITS=record pytest tests/test_kernels.py -k compiles    a new record of registers
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from kernels import build
+from kernels.op import OPS, KernelError, unavailable
+from tests import kernel_cases, kernel_tools
+from tests.kernel_cases import CASES, DTYPES, Case
+from tests.kernel_tools import ROOT
+
+
+@pytest.fixture(autouse=True)
+def only_when_asked(request):
+    """Tests marked slow run with ``-m slow``."""
+    if request.node.get_closest_marker("slow") and "slow" not in request.config.option.markexpr:
+        pytest.skip("takes minutes; run it with: pytest tests/test_kernels.py -m slow")
+
+
+CPU_ROUTES = ["cpu", "cpu_avx512_vnni", "cpu_avx2", "cpu_plain"]
+ROUTES = [*CPU_ROUTES, "triton", "cuda", "cuda_on_host"]
+
+
+@contextlib.contextmanager
+def route_open(op: str, route: str, monkeypatch):
+    """Inside, ``run(*args)`` computes ``op`` by ``route``; skips with a sentence if it cannot."""
+    impl = route.split("_")[0]
+    if impl not in OPS[op].functions:
+        pytest.skip(f"{op} has no {impl} implementation")
+    if route == "cuda_on_host":
+        if reason := kernel_tools.lacks_shim():
+            pytest.skip(reason)
+        with kernel_tools.host_shim(monkeypatch):
+            yield OPS[op].functions["cuda"]
+        return
+    if impl in ("triton", "cuda"):
+        device = "cpu" if impl == "triton" and build.interpreting() else "cuda"
+        if device == "cuda" and not torch.cuda.is_available():
+            pytest.skip(f"impl={impl!r} needs a GPU; this machine has none")
+        if reason := unavailable(impl, device):
+            pytest.skip(reason)
+        yield lambda *args: on_cpu(OPS[op](*on_device(args, device), impl=impl))
+        return
+    if reason := build.lacks_compiler():
+        pytest.skip(reason)
+    level = route.removeprefix("cpu").lstrip("_") or build.isas()[0]
+    if level not in build.isas():
+        pytest.skip(f"needs {level}; this processor's best is {build.isas()[0]}")
+    with build.isa(level):
+        yield lambda *args: OPS[op](*args, impl="cpu")
+
+
+def on_device(args, device):
+    return [a.to(device) if isinstance(a, torch.Tensor) else a for a in args]
+
+
+def on_cpu(out):
+    return tuple(t.cpu() for t in out) if isinstance(out, tuple) else out.cpu()
+
+
+def outputs(out) -> tuple[torch.Tensor, ...]:
+    return out if isinstance(out, tuple) else (out,)
+
+
+def same_bits(a, b) -> bool:
+    return all(torch.equal(x.view(torch.uint8), y.view(torch.uint8))
+               for x, y in zip(outputs(a), outputs(b), strict=True))  # fmt: skip
+
+
+def cases(routes=ROUTES):
+    for case in CASES.values():
+        for route in routes:
+            for dtype in case.dtypes:
+                for shape in case.shapes:
+                    if route == "cuda_on_host" and not case.fits_shim(shape):
+                        continue
+                    name = "x".join(map(str, shape))
+                    yield pytest.param(case, route, dtype, shape,
+                                       id=f"{case.op}-{route}-{dtype}-{name}")  # fmt: skip
+
+
+def first_cases(routes):
+    """One parameter per operation, route and dtype, at the operation's first shape."""
+    for case in CASES.values():
+        for route in routes:
+            for dtype in case.dtypes:
+                yield pytest.param(case, route, dtype, id=f"{case.op}-{route}-{dtype}")
+
+
+ALL_FIRST = list(first_cases([*CPU_ROUTES, "triton", "cuda"]))
+
+
+def excess(case: Case, got, args) -> float:
+    """The largest error against fp64 as a share of its budget (1 is the limit).
+
+    Budget: twice the error of the reference in this precision on this very input, plus two
+    roundings of the largest output; so it grows with the input and the sums as rounding does.
+    """
+    exact, rounded = case.exact(*args), case.reference(*args)
+    worst = 0.0
+    for y, good, low in zip(outputs(got), outputs(exact), outputs(rounded), strict=True):
+        assert y.shape == good.shape
+        assert y.dtype == low.dtype
+        if not y.numel():
+            continue
+        rounding = torch.finfo(y.dtype).eps / 2
+        budget = 2 * (low.double() - good).abs().max() + 2 * rounding * good.abs().max()
+        budget = max(budget.item(), torch.finfo(y.dtype).tiny)
+        error = (y.double() - good).abs().max().item()
+        worst = max(worst, float("inf") if error != error else error / budget)
+    return worst
+
+
+@pytest.mark.parametrize(("case", "route", "dtype", "shape"), list(cases()))
+def test_within_error_budget(case, route, dtype, shape, monkeypatch):
+    args = case.make(shape, DTYPES[dtype])
+    with route_open(case.op, route, monkeypatch) as run:
+        assert excess(case, run(*args), args) <= 1
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_error_budget_finds_one_wrong_element(case):
+    args = case.make(case.shapes[0], torch.float32)
+    good = tuple(t.clone() for t in outputs(case.reference(*args)))
+    assert excess(case, good, args) <= 1
+    good[0].view(-1)[-1] += good[0].abs().max() * 1e-3
+    assert excess(case, good, args) > 1
+
+
+@pytest.mark.parametrize(("case", "route", "dtype"), ALL_FIRST)
+def test_repeats_bitwise_and_rows_do_not_mix(case, route, dtype, monkeypatch):
+    args = case.make(case.shapes[0], DTYPES[dtype])
+    with route_open(case.op, route, monkeypatch) as run:
+        first = run(*args)
+        assert same_bits(first, run(*args))
+        if not case.row_args or not case.row_stable:
+            return
+        alone = [a[1:2].clone() if i in case.row_args else a for i, a in enumerate(args)]
+        assert same_bits(run(*alone), tuple(t[1:2] for t in outputs(first)))
+
+
+@pytest.mark.parametrize(("case", "route", "dtype"), ALL_FIRST)
+def test_strided_rows_give_the_same(case, route, dtype, monkeypatch):
+    args = case.make(case.shapes[0], DTYPES[dtype])
+    if not case.row_args:
+        pytest.skip(f"{case.op} has no rows")
+    spread = list(args)
+    for i in case.row_args:
+        wide = torch.full((*args[i].shape[:-1], args[i].shape[-1] + 3), torch.nan,
+                          dtype=args[i].dtype)  # fmt: skip
+        spread[i] = wide[..., : args[i].shape[-1]].copy_(args[i])
+        assert not spread[i].is_contiguous()
+    with route_open(case.op, route, monkeypatch) as run:
+        assert same_bits(run(*args), run(*spread))
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(("case", "route", "dtype"), ALL_FIRST)
+def test_nan_and_infinity_stay_in_their_row(case, route, dtype, poison, monkeypatch):
+    args = list(case.make(case.shapes[0], DTYPES[dtype]))
+    if not case.row_args or not case.row_stable:
+        pytest.skip(f"{case.op} mixes rows")
+    with route_open(case.op, route, monkeypatch) as run:
+        clean = outputs(run(*args))
+        x = args[case.row_args[0]] = args[case.row_args[0]].clone()
+        x[1, ..., x.shape[-1] // 2] = poison
+        got, reference = outputs(run(*args)), outputs(case.reference(*args))
+    for y, was, good in zip(got, clean, reference, strict=True):
+        assert torch.equal(y[1].isnan(), good[1].isnan())
+        assert torch.equal(y[1].isinf(), good[1].isinf())
+        rest = [i for i in range(len(y)) if i != 1]
+        assert torch.equal(y[rest], was[rest])
+
+
+@pytest.mark.parametrize("magnitude", [1e-18, 1e15])
+@pytest.mark.parametrize(("case", "route", "dtype"), ALL_FIRST)
+def test_large_and_small_magnitudes(case, route, dtype, magnitude, monkeypatch):
+    if dtype == "fp16":
+        pytest.skip(f"{magnitude:g} is outside fp16's range")
+    args = list(case.make(case.shapes[0], DTYPES[dtype]))
+    for i in case.row_args:
+        args[i] = args[i] * magnitude
+    with route_open(case.op, route, monkeypatch) as run:
+        assert excess(case, run(*args), args) <= 1
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_threads_change_no_bit(case, threads, monkeypatch):
+    if reason := build.lacks_compiler():
+        pytest.skip(reason)
+    args = case.make(case.large, torch.float32)
+    before = torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    several = OPS[case.op](*args, impl="cpu")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: before)
+    assert same_bits(several, OPS[case.op](*args, impl="cpu"))
+    assert excess(case, several, args) <= 1
+
+
+# ---- torch ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_is_a_proper_operator_of_torch(case, impl):
+    if impl == "cpu" and (reason := build.lacks_compiler()):
+        pytest.skip(reason)
+    args = tuple(case.make(case.shapes[0], torch.float32))
+    torch.library.opcheck(OPS[case.op].overloads[impl], args,
+                          test_utils=("test_schema", "test_faketensor"))  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_compiles_into_one_graph(case):
+    args = tuple(case.make(case.shapes[0], torch.float32))
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *a: outputs(OPS[case.op](*a))[0] * 2, fullgraph=True,
+                             backend="aot_eager")  # fmt: skip
+    expected = outputs(OPS[case.op](*args))[0] * 2
+    assert torch.equal(compiled(*args), expected)
+
+
+@pytest.mark.parametrize(("op", "args", "sentence"), kernel_cases.BAD)
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_bad_input_is_one_sentence(op, args, sentence, impl):
+    with pytest.raises(KernelError, match=sentence):
+        OPS[op](*args(), impl=impl)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_an_explicit_choice_never_falls_back(case):
+    args = case.make(case.shapes[0], torch.float32)
+    with pytest.raises(KernelError, match="no implementation 'fastest'; it has reference"):
+        OPS[case.op](*args, impl="fastest")
+    if "cuda" in OPS[case.op].functions:
+        with pytest.raises(KernelError, match="impl='cuda' runs on cuda tensors, not on cpu"):
+            OPS[case.op](*args, impl="cuda")
+
+
+def test_no_compiler_is_a_sentence(monkeypatch):
+    case = CASES["rms_norm"]
+    args = case.make(case.shapes[0], torch.float32)
+    monkeypatch.setattr(build, "compiler", lambda: None)
+    monkeypatch.setattr(build, "_function", build._function.__wrapped__)
+    monkeypatch.setattr(build, "_library", build._library.__wrapped__)
+    with pytest.raises(KernelError, match="needs a C\\+\\+ compiler; install g\\+\\+ or set CXX"):
+        OPS["rms_norm"](*args, impl="cpu")
+    assert OPS["rms_norm"].fastest("cpu") == "reference"
+
+
+def test_a_kernel_argument_without_a_c_type_is_refused():
+    with pytest.raises(TypeError, match="wrap it in ctypes"):
+        build.typed((1e-6,))
+
+
+def test_unknown_instruction_set_is_a_sentence():
+    with pytest.raises(KernelError, match="unknown instruction set 'avx1024'; known: "), \
+            build.isa("avx1024"):  # fmt: skip
+        pass
+
+
+def test_importing_compiles_nothing():
+    code = ("import sys, subprocess, kernels.build, kernels.op\n"
+            "def forbidden(*a, **k): raise AssertionError('a process was started')\n"
+            "subprocess.run = subprocess.Popen = forbidden\n"
+            f"for name in {sorted(OPS)}: __import__('kernels.' + name)\n"
+            "assert 'triton' not in sys.modules or 'kernels.rms_norm.triton' not in sys.modules\n"
+            "import torch; assert not torch.cuda.is_initialized()")  # fmt: skip
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_no_distribution_shadows_this_package():
+    with pytest.raises(importlib.metadata.PackageNotFoundError):
+        importlib.metadata.version("kernels")
+
+
+# ---- without a GPU --------------------------------------------------------------------------
+
+
+def test_triton_is_right_under_its_interpreter():
+    """A child runs the triton cases of this file; bf16 is unsupported by the interpreter."""
+    pytest.importorskip("triton", reason="needs the package triton")
+    if build.interpreting():
+        pytest.skip("this is that child")
+    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    chosen = "triton and not bf16 and not compiles and not interpreter"
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p",
+                           "no:xdist", "-W", "ignore::RuntimeWarning", "-k", chosen, "tests/test_kernels.py"],
+                          env=env, cwd=ROOT, capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:]
+    passed = int(re.search(r"(\d+) passed", done.stdout)[1])
+    assert passed >= 10 * sum(OPS[c].functions.get("triton") is not None for c in CASES)
+
+
+WITH_CUDA = [name for name, case in CASES.items() if (build.HERE / name / "cuda.cu").exists()]
+
+
+@pytest.mark.parametrize("arch", kernel_tools.ARCHS)
+@pytest.mark.parametrize("op", WITH_CUDA)
+def test_cuda_compiles_within_its_limits(op, arch):
+    if kernel_tools.nvcc() is None:
+        pytest.skip("needs nvcc (extra [gpu], or a CUDA toolkit)")
+    compiler, usage = kernel_tools.compile_cuda(op, arch)
+    assert sorted(usage) == sorted(kernel_tools.entry_points(op))
+    kernel_tools.check_limits(compiler, op, arch, usage)
+
+
+@pytest.mark.parametrize("op", WITH_CUDA)
+def test_cuda_compiles_by_nvrtc(op):
+    if reason := build.lacks_nvrtc("cuda"):
+        pytest.skip(reason)
+    path, log = build.cubin(op, "sm_90a")
+    assert path.stat().st_size > 1000
+    assert all(used["spills"] == 0 for used in kernel_tools.ptxas_usage(log).values())
+
+
+@pytest.mark.parametrize("arch", kernel_tools.ARCHS)
+@pytest.mark.parametrize("op", [n for n in CASES if (build.HERE / n / "triton.py").exists()])
+def test_triton_compiles_within_its_limits(op, arch):
+    pytest.importorskip("triton", reason="needs the package triton")
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", kernel_tools.AOT, op, arch], env=env, cwd=ROOT,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    built = json.loads(done.stdout.splitlines()[-1])
+    kernel_tools.check_limits(built["version"], op, arch, built["usage"])
+    wanted = CASES[op].mma.get(arch)
+    for kernel, opcodes in built["opcodes"].items():
+        if wanted and "gemm" in kernel:
+            assert wanted in opcodes, f"{kernel} uses no {wanted} on {arch}, only {opcodes}"
+
+
+SANITIZED = [("thread", None, None, None), ("address", None, None, None),
+             ("thread", "-D__syncthreads()=", None, "data race"),
+             ("address", None, -1, "heap-buffer-overflow")]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sanitizer", "plant", "short", "finding"), SANITIZED,
+                         ids=["threads", "bounds", "finds_a_race", "finds_an_overrun"])  # fmt: skip
+@pytest.mark.parametrize("op", WITH_CUDA)
+def test_cuda_has_no_race_and_stays_in_bounds(op, sanitizer, plant, short, finding, monkeypatch):
+    """The host shim under ThreadSanitizer and AddressSanitizer, which must find planted bugs."""
+    if reason := kernel_tools.lacks_shim():
+        pytest.skip(reason)
+    case = CASES[op]
+    if plant and "__syncthreads" not in (build.HERE / op / "cuda.cu").read_text() + case.uses:
+        pytest.skip(f"{op} needs no barrier")
+    launches: list = []
+    with kernel_tools.host_shim(monkeypatch, launches):
+        for shape in case.shim_shapes:
+            OPS[op].functions["cuda"](*case.make(shape, torch.float32))
+    library = kernel_tools.build_shim(op, f"-fsanitize={sanitizer}", *[plant] * bool(plant))
+    short = None if short is None else case.short_argument
+    child = kernel_tools.replay(library, launches, sanitizer, short)
+    if finding is None:
+        assert child.returncode == 0, child.stderr[-3000:]
+        assert f"replayed {len(launches)}" in child.stdout
+    else:
+        assert child.returncode != 0
+        assert finding in child.stderr
