@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from impl.core import StudyError
 from reports.load import PLACES, ReportError, Run, load_run, newest_runs, write_json
 
 OUT = Path("reports/out")
@@ -142,6 +143,9 @@ def headline(options: argparse.Namespace) -> int:
             f"{stats['within_10_percent']:.0%} within 10 % (goal 95 %)"
         )
     print(write_json(out, data))
+    if options.measure:
+        for run in runs:
+            run.path.unlink(missing_ok=True)
     return 0
 
 
@@ -187,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.pytest = words[cut + 1 :]
     try:
         return COMMANDS[options.command](options)
-    except ReportError as error:
+    except StudyError as error:
         print(f"reports {options.command}: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `| head` closed the pipe: nothing is wrong

@@ -1,7 +1,7 @@
 """Saved runs: read them, check that they are ours, find the newest one of each machine.
 
 A run is the JSON that pytest-benchmark writes, with the study's own keys in `extra_info` and at
-the top level. Nothing here imports torch: a report can be made on a machine that has none.
+the top level.
 """
 
 import contextlib
@@ -15,14 +15,16 @@ from typing import Any, NamedTuple
 
 from jsonschema import Draft202012Validator
 
+from impl.core import StudyError
 from reports.schema import schema
 
 PLACES = (Path(".benchmarks"), Path("reports/results"))
+SCRATCH = Path(".benchmarks/running")  # runs in progress: no one's newest run
 AXES = ("techniques", "model", "precision", "batch", "device", "workload")
 HOW_TO_MAKE_ONE = "make one with `pytest --benchmark-only --benchmark-json=run.json`"
 
 
-class ReportError(ValueError):
+class ReportError(StudyError):
     """Bad input to a report: one sentence that names the input and the remedy."""
 
 
@@ -329,10 +331,9 @@ def saved_runs(places: Sequence[Path] = PLACES) -> Iterator[Run]:
     """Every file below `places` that is a run of ours; others are passed over."""
     for place in places:
         for path in sorted(place.rglob("*.json")):
-            try:
-                yield load_run(path)
-            except ReportError:
-                continue
+            if not path.is_relative_to(SCRATCH):
+                with contextlib.suppress(ReportError):
+                    yield load_run(path)
 
 
 def newest_runs(places: Sequence[Path] = PLACES, *, headline: bool = False) -> list[Run]:

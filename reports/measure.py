@@ -6,10 +6,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from reports.load import ReportError, Run, load_run, write_json
+from reports.load import SCRATCH, ReportError, Run, load_run, write_json
 
 RESULTS = Path("reports/results")
-SCRATCH = Path(".benchmarks/running")
 PROCESSES = 3
 
 

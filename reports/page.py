@@ -16,7 +16,6 @@ def build(runs: Sequence[Run], out: Path, repeated: Sequence[Run] = ()) -> Path:
 
     `repeated` are runs of `reports headline`: each joins the run of the same hardware.
     """
-    out.mkdir(parents=True, exist_ok=True)
     chapters = [chapter(run, out, repeated) for run in runs]
     many = len(runs) > 1
     body = "".join(
