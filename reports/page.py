@@ -18,6 +18,8 @@ def build(runs: Sequence[Run], out: Path, repeated: Sequence[Run] = ()) -> Path:
     """
     chapters = [chapter(run, out, repeated) for run in runs]
     many = len(runs) > 1
+    if many:
+        chapters = [own_names(text, f"run{i}-") for i, text in enumerate(chapters)]
     body = "".join(
         f'<article id="{run.slug}-{i}"><header class=machine><h1>{markup.text(title(run))}</h1>'
         f"{summary(run)}</header>{contents(text)}{text}</article>"
@@ -70,6 +72,12 @@ def chapter(run: Run, out: Path, repeated: Sequence[Run]) -> str:
     parts += [evidence.bottlenecks(run), evidence.not_run(run), evidence.cells(run, out),
               evidence.trust(run), evidence.machine(run)]  # fmt: skip
     return "".join(parts)
+
+
+def own_names(text: str, prefix: str) -> str:
+    """The chapter with its sections and cells, and the links to them, under names of its own."""
+    places = r'(<section id="|class="cell" id="|<a\b[^>]*href="#)'
+    return re.sub(places, rf"\g<1>{prefix}", text)
 
 
 def contents(text: str) -> str:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,13 @@ STACK = "int8_weight_only+torch_compile"
 @pytest.fixture(scope="module")
 def constructed():
     return constructed_run()
+
+
+@pytest.fixture(scope="module")
+def small(constructed):
+    """Enough for a page: quick to draw."""
+    few = [b for b in constructed["benchmarks"] if b["group"] == "classify"]
+    return {**constructed, "benchmarks": few}
 
 
 @pytest.fixture
@@ -144,8 +152,8 @@ def test_no_saved_run_says_how_to_make_one(tmp_path):
         newest_runs([tmp_path])
 
 
-def test_a_full_disk_keeps_the_old_page(constructed, tmp_path, monkeypatch, capsys):
-    out, source = tmp_path / "out", save(tmp_path / "run.json", constructed)
+def test_a_full_disk_keeps_the_old_page(small, tmp_path, monkeypatch, capsys):
+    out, source = tmp_path / "out", save(tmp_path / "run.json", small)
     assert main(["build", source, "--out", out]) == 0
     before = (out / "report.html").read_bytes()
 
@@ -575,14 +583,20 @@ def test_text_from_a_run_is_escaped(constructed, run_of, tmp_path):
     assert "<script>alert" not in text
 
 
-def test_two_machines_stand_on_one_page(constructed, run_of, tmp_path):
-    runs = [run_of(constructed), run_of(constructed_run(isa="AVX2"))]
+def test_two_machines_stand_on_one_page(small, run_of, tmp_path):
+    runs = [
+        run_of(small),
+        run_of({**small, "machine_info": {**small["machine_info"], "isa": "AVX2"}}),
+    ]
     text = page.build(runs, tmp_path).read_text(encoding="utf-8")
     assert text.count("<article") == 2
+    names = re.findall(r'<(?:section|details class="cell"|article) id="(.*?)"', text)
+    assert len(names) == len(set(names))
+    assert set(re.findall(r'<a[^>]*href="#(.*?)"', text)) <= set(names)
 
 
-def test_the_path_of_the_page_is_printed_last(constructed, tmp_path, capsys):
-    source = save(tmp_path / "run.json", constructed)
+def test_the_path_of_the_page_is_printed_last(small, tmp_path, capsys):
+    source = save(tmp_path / "run.json", small)
     assert main(["build", source, "--out", tmp_path / "out"]) == 0
     printed = Path(capsys.readouterr().out.splitlines()[-1])
     assert printed.is_file()
