@@ -129,9 +129,10 @@ def busy(state: dict[str, Any]) -> str | None:
 
 def device_of(config: pytest.Config) -> str:
     """``cpu`` or ``cuda``: what ``--device`` asks for, else what this machine and torch have."""
-    asked = str(config.getoption("device", None) or "auto")
-    if asked != "auto":
-        return asked
+    if known := getattr(config, "study_device", None):
+        return str(known)
+    if asked := config.getoption("device", None):
+        return str(asked)
     has_cuda_torch = "+cpu" not in _version("torch")
     return "cuda" if has_cuda_torch and gpu_handle() is not None else "cpu"
 

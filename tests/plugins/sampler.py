@@ -310,7 +310,7 @@ class Limits:
 
     seconds: float = 1.0
     precision: float = 0.01
-    must_fit: bool = True  # raise DoesNotFit rather than overspend on six rounds
+    overspend: Callable[[float], bool] = lambda needs: False  # may six rounds take this long?
     most: int = MOST_PAIRS
     chunk: int = CHUNK
     shortest: float = field(default=SHORTEST_SAMPLE)
@@ -334,7 +334,7 @@ def sample_rounds(
         rounds.calls = math.ceil(limits.shortest / max(min(quickest.values()), 1e-9))
     needs = FEWEST_PAIRS * rounds.calls * sum(quickest.values())
     has = limits.seconds - (time.perf_counter() - start)
-    if limits.must_fit and needs > has:
+    if needs > has and not limits.overspend(needs):
         raise DoesNotFit(needs, has)
     with no_collection():
         while not rounds.stop:

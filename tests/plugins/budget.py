@@ -1,0 +1,132 @@
+"""Seconds: what a session may spend, what a cell's share is, which cells do not fit.
+
+Share of a cell's sampling = 0.8 x (seconds left - building the cells to come) / cells left, so
+what one cell saves goes to the rest.  Building and compiling are charged as they happen, and
+expected from earlier cells and runs, so that the budget ends the selection, not the patience.
+"""
+
+import contextlib
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+SHARE = 0.8
+LEEWAY = 0.05  # of the budget: how far the last cell may run over it
+
+
+@dataclass
+class Plan:
+    """What the budget knows about a cell before it runs."""
+
+    fullname: str
+    model: str
+    techniques: tuple[str, ...]
+    by_name: bool = False  # asked for by name: it always runs
+
+
+@dataclass
+class Budget:
+    """The seconds of one session."""
+
+    seconds: float
+    clock: Callable[[], float] = time.perf_counter
+    reserve: float = 0.0  # for the last probes
+    known: dict[str, float] = field(default_factory=dict)  # fixed seconds in earlier runs
+    plans: dict[str, Plan] = field(default_factory=dict)  # cells still to come, in order
+    fixed: dict[str, float] = field(default_factory=dict)  # seconds not spent on samples
+    models: dict[str, str] = field(default_factory=dict)
+    sampled: set[str] = field(default_factory=set)  # techniques with a cell of six pairs
+
+    _start: float | None = None
+    _cell_start: float = 0.0
+
+    def plan(self, plans: Iterable[Plan]) -> None:
+        """Announce the cells of the selection."""
+        for plan in plans:
+            self.plans[plan.fullname] = plan
+            self.models[plan.fullname] = plan.model
+
+    def start(self) -> None:
+        """The session begins now."""
+        if self._start is None:
+            self._start = self.clock()
+
+    def left(self) -> float:
+        """Seconds left."""
+        self.start()
+        assert self._start is not None
+        return self.seconds - self.reserve - (self.clock() - self._start)
+
+    def expected(self, fullname: str) -> float:
+        """Seconds a cell will need before its samples (earlier runs, else its model's median)."""
+        if fullname in self.known:
+            return self.known[fullname]
+        model = self.models.get(fullname)
+        same = [s for name, s in self.fixed.items() if self.models.get(name) == model]
+        return statistics.median(same or list(self.fixed.values()) or [0.0])
+
+    def begin(self, fullname: str) -> str | None:
+        """Start a cell; a sentence when there is no time to (it then must not be built)."""
+        self._cell_start = self.clock()
+        plan, needs = self.plans.get(fullname), self.expected(fullname)
+        if plan is None or plan.by_name:
+            return None
+        leeway = LEEWAY * self.seconds
+        if self.left() <= 0 or needs > self.left() + leeway / 2:
+            return (
+                f"the budget of {self.seconds:g} s leaves {max(0.0, self.left()):.1f} s and this "
+                f"cell needs about {max(needs, 0.1):.1f} s; raise --bench-budget"
+            )
+        return None
+
+    def share(self, fullname: str) -> float:
+        """Seconds that the cell's samples may take, from now."""
+        others = [name for name in self.plans if name != fullname]
+        coming = sum(self.expected(name) for name in others)
+        left = max(self.left() - coming, 0.1 * self.left())
+        return max(0.0, SHARE * left / (len(others) + 1))
+
+    def may_overspend(self, fullname: str, needs: float) -> bool:
+        """Whether six pairs may take ``needs`` seconds though the share is smaller."""
+        plan = self.plans.get(fullname)
+        if plan is None or plan.by_name:
+            return True
+        fits = needs <= self.left() + LEEWAY * self.seconds / 2
+        return fits and not set(plan.techniques) <= self.sampled
+
+    def done(self, fullname: str, sampling_s: float, pairs: int = 0) -> None:
+        """A cell has ended; ``sampling_s`` of its seconds went into samples."""
+        plan = self.plans.pop(fullname, None)
+        if plan is not None:
+            spent = self.clock() - self._cell_start
+            if pairs:
+                self.fixed[fullname] = max(0.0, spent - sampling_s)
+            if pairs >= 6:
+                self.sampled.update(plan.techniques)
+
+    def seconds_to_go(self) -> float:
+        """A guess for the progress line: never more than the budget."""
+        return max(0.0, min(self.left(), len(self.plans) * self._typical()))
+
+    def _typical(self) -> float:
+        total = self.seconds - self.reserve - self.left()
+        return total / len(self.fixed) if self.fixed else self.left()
+
+
+def load_costs(path: Path) -> dict[str, float]:
+    """Fixed seconds per cell that earlier runs on this machine left behind."""
+    with contextlib.suppress(OSError, ValueError):
+        found: Any = json.loads(path.read_text(encoding="utf-8"))
+        return {str(k): float(v) for k, v in found.items()}
+    return {}
+
+
+def save_costs(path: Path, costs: dict[str, float]) -> None:
+    """Leave them for the next run; never worth failing for."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({**load_costs(path), **costs}), encoding="utf-8")
