@@ -1,3 +1,8 @@
 """The plugins of the study, one per concern (tests/plugins)."""
 
-pytest_plugins: list[str] = []
+pytest_plugins = [
+    "tests.plugins.machine",
+    "tests.plugins.trace",
+    "tests.plugins.bench",
+    "tests.plugins.summary",
+]
