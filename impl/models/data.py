@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import sysconfig
 import tokenize
 from dataclasses import dataclass
@@ -264,7 +265,7 @@ def completion_task(n: int = 256, length: int = 192) -> Completion:
         code = list(tokenize.generate_tokens(iter([*lines, ""]).__next__))
         accesses = {
             (starts[dot.start[0] - 1] + dot.start[1], starts[name.end[0] - 1] + name.end[1])
-            for dot, name in zip(code, code[1:], strict=False)
+            for dot, name in itertools.pairwise(code)
             if dot.string == "." and name.type == tokenize.NAME and len(name.string) >= 3
         }
         encoding = tok.encode(text, add_special_tokens=False)
