@@ -1,6 +1,11 @@
 """The plugins of the study, one per concern (tests/plugins)."""
 
 pytest_plugins = [
+    "tests.plugins.devices",
+    "tests.plugins.cells",
+    "tests.plugins.engines",
+    "tests.plugins.sides",
+    "tests.plugins.shard",
     "tests.plugins.machine",
     "tests.plugins.trace",
     "tests.plugins.bench",

@@ -218,7 +218,7 @@ class Selection:
         if self.techniques:
             return [stack(*s.split("+")) for s in self.techniques]
         singles = [(t,) for t in sorted(TECHNIQUES.values(), key=_table_order)]
-        return singles + [stack(*s) for s in STACKS]
+        return singles + [stack(*s) for s in STACKS if set(s) <= set(TECHNIQUES)]
 
     def every(self) -> Iterator[tuple[tuple[Technique, ...], ModelSpec, str, int]]:
         """Stacks x models x precisions x batches, the impossible ones included."""

@@ -108,10 +108,11 @@ def generation_work(engine: Engine, cell: Cell, size: Size, steps: float | None 
     item = 4 if cell.precision == "fp32" else 2
     kv = kv_bytes_per_token(config, item) * cell.batch
     contexts = range(prompt, prompt + n)
+    head = 2 * config["hidden_size"] * config["vocab_size"]  # logits of the last prompt token only
     read = passes / n * sum(kv * c for c in contexts)
     flops = cell.batch * (
         sum(flops_per_token(config, c) for c in contexts)
-        + sum(flops_per_token(config, c, head=False) for c in range(1, prompt))
+        + sum(flops_per_token(config, c) - head for c in range(1, prompt))
     )
     return Work(passes * weights + read, flops, weights + kv * (prompt + n))
 
