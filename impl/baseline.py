@@ -14,10 +14,11 @@ def hf_generate(model, **defaults):
     """``generate`` of the contract through transformers' own ``model.generate``.
 
     ``defaults`` are passed on to every call (``use_cache=False``, ``assistant_model=...``).
+    ``real`` (B, T) is 0 where ids are padding.
     """
     from transformers import GenerationConfig
 
-    def generate(ids, max_new_tokens, sampling: Sampling = GREEDY, on_token=None):
+    def generate(ids, max_new_tokens, sampling: Sampling = GREEDY, on_token=None, real=None):
         drawn = (
             {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
             if sampling.temperature
@@ -32,7 +33,8 @@ def hf_generate(model, **defaults):
             torch.manual_seed(sampling.seed)
         with torch.inference_mode():
             return model.generate(
-                ids, attention_mask=torch.ones_like(ids), generation_config=config,
+                ids, attention_mask=torch.ones_like(ids) if real is None else real,
+                generation_config=config,
                 streamer=_Marks(on_token) if on_token else None, **passed)  # fmt: skip
 
     return generate

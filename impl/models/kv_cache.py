@@ -6,6 +6,7 @@ Other caches (paged, quantized, sliding) are classes with the same members: ``lo
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING
 
 import torch
@@ -99,6 +100,19 @@ class KVCache:
             keys[self.rows, :, positions] = k.transpose(1, 2)  # indexed: (B, T, Hkv, D)
             values[self.rows, :, positions] = v.transpose(1, 2)
         return keys[:, :, : self.slots], values[:, :, : self.slots]
+
+    def narrow(self, start: int, rows: int) -> KVCache:
+        """A cache of ``rows`` rows from row ``start`` on, over the same memory."""
+        view = copy.copy(self)
+        view.batch, view.rows = rows, self.rows[:rows]
+        view.keys = [k[start : start + rows] for k in self.keys]
+        view.values = [v[start : start + rows] for v in self.values]
+        return view
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """Make row ``target`` equal to row ``source`` in its first ``length`` slots."""
+        for held in (*self.keys, *self.values):
+            held[target, :, :length] = held[source, :, :length]
 
 
 class GrowingCache(KVCache):

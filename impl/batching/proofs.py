@@ -1,0 +1,69 @@
+"""Is the batch real? Read off the forwards of the model while it serves, not off the scheduler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from impl.core import Engine, NotEngaged
+
+
+@dataclass
+class Call:
+    """One forward seen from outside: the position that each row's last token stands at."""
+
+    decode: bool
+    last: list[int]
+
+
+def _calls(engine: Engine, run) -> list[Call]:
+    """The forwards of the engine's model while ``run()`` serves; spare rows are left out."""
+    calls: list[Call] = []
+
+    def see(_, args, options):
+        ids, positions, cache = args
+        decode = ids.shape[1] == 1 and "last_only" not in options
+        if isinstance(positions, int):
+            last = [positions + ids.shape[1] - 1] * len(ids)
+        else:
+            last = [p for p in positions[:, -1].tolist() if p != cache.max_len - 1]
+        calls.append(Call(decode, last))
+
+    hook = engine.model.register_forward_pre_hook(see, with_kwargs=True)
+    try:
+        run()
+    finally:
+        hook.remove()
+    return calls
+
+
+def _mean_batch(calls: list[Call]) -> float:
+    steps = [len(call.last) for call in calls if call.decode]
+    mean = sum(steps) / max(len(steps), 1)
+    if mean <= 1:
+        raise NotEngaged(f"{len(steps)} decode steps served {mean:.2f} requests each, not several")
+    return mean
+
+
+def several_per_step(engine: Engine, run) -> str:
+    mean = _mean_batch(_calls(engine, run))
+    return f"a decode step served {mean:.1f} requests, {engine.stats['padding_waste']:.0%} padding"
+
+
+def joins_while_others_decode(engine: Engine, run) -> str:
+    """A request joined if a step after its prefill also continues rows of the step before it."""
+    calls = _calls(engine, run)
+    mean, before, fresh, joined = _mean_batch(calls), [], [], 0
+    for call in calls:
+        if not call.decode:
+            fresh += [last + 1 for last in call.last]
+            continue
+        going = list(call.last)
+        for first in fresh:  # less the rows whose first token was fed in this step
+            if first in going:
+                going.remove(first)
+        if fresh and any(p + 1 in going for p in before):
+            joined += len(fresh)
+        before, fresh = call.last, []
+    if not joined:
+        raise NotEngaged("no request was admitted while another was decoding")
+    return f"{joined} requests joined a running batch; a decode step served {mean:.1f}"

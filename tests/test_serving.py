@@ -1,0 +1,306 @@
+"""Does every scheduler answer every request, with the tokens it would get alone?"""
+
+import contextlib
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from impl.batching.replay import Arrivals, Clock
+from impl.batching.schedulers import pad_left, serve_continuous, serve_static
+from impl.core import TECHNIQUES, Engine, NotEngaged, Request, StudyError, build, stack
+from impl.fidelity import NEAR_TIE
+from impl.models.decoder import KVCache
+from impl.models.requests import LONGEST, request_trace, trace_hash
+
+LEAN = ["lean_decoder", "static_batching", "continuous_batching"]
+SCHEDULERS = [*LEAN, "eager", "peer_padded_generate", "peer_generate_batch"]
+SHAPE = {
+    "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 96,
+    "initializer_range": 0.15, "bos_token_id": 0, "eos_token_id": None, "pad_token_id": None,
+}  # fmt: skip
+
+
+def small_model(**options):
+    import transformers
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(**SHAPE | options)
+        return transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_model()
+
+
+@contextlib.contextmanager
+def serving(model, *names, batch=3, static_cache=False):
+    """An engine of this stack on the small model."""
+    spec = SimpleNamespace(name="small", kind="decoder", needs=frozenset(
+        {"generate", "lean", "linear", "attention"}))  # fmt: skip
+    engine = Engine(spec, model, torch.float32, torch.device("cpu"), batch)
+    engine = build(engine, stack(*names))
+    if static_cache:
+        config = engine.model.config
+        engine.new_cache = lambda rows, length: KVCache(config, rows, length)
+    with engine.undo:
+        yield engine
+
+
+def requests_of(*lengths, arrivals=(), vocab=97):
+    """A request per (prompt, new tokens), all there from the start unless said otherwise."""
+    source = torch.Generator().manual_seed(len(lengths))
+    arrivals = arrivals or [0.0] * len(lengths)
+    return [
+        Request(i, torch.randint(vocab, (prompt,), generator=source), new, at)
+        for i, ((prompt, new), at) in enumerate(zip(lengths, arrivals, strict=True))
+    ]
+
+
+def greedy_choice(model, request, answer):
+    """Asserts that every new token of the answer is transformers' own choice, near-ties apart."""
+    T, ids = len(request.ids), answer.ids
+    assert ids.shape == (T + request.max_new_tokens,), "not as many tokens as asked for"
+    assert torch.equal(ids[:T], request.ids), "the prompt was changed"
+    with torch.inference_mode():
+        logits = model(ids[None]).logits[0, T - 1 : -1].float()  # (new, V)
+    chosen = logits.gather(1, ids[T:, None])[:, 0]
+    assert (logits.amax(1) - chosen <= NEAR_TIE["fp32"]).all(), f"request {request.id}: wrong token"
+
+
+def check(model, requests, answers):
+    assert [a.id for a in answers] == [r.id for r in requests], "answers lost or out of order"
+    for request, answer in zip(requests, answers, strict=True):
+        greedy_choice(model, request, answer)
+        assert request.arrival_s <= answer.first_token_s <= answer.done_s
+
+
+TRACES = {
+    "more requests than slots": requests_of((5, 7), (9, 2), (1, 12), (17, 1), (3, 9), (30, 4),
+                                            (2, 20), (8, 8)),
+    "one request": requests_of((6, 5)),
+    "equal lengths": requests_of((6, 5), (6, 5), (6, 5), (6, 5)),
+    "one token each": requests_of((4, 1), (7, 1), (2, 1), (9, 1)),
+    "no token for one": requests_of((4, 3), (7, 0), (2, 5)),
+    "as long as the model allows": requests_of((90, 6), (3, 90), (5, 4), (95, 1)),
+    "late arrivals": requests_of((5, 9), (4, 3), (8, 6), (3, 3), (6, 2),
+                                 arrivals=[0.0, 0.01, 0.01, 0.05, 0.06]),
+    "latest listed first": requests_of((5, 3), (4, 6), (8, 4), (3, 5),
+                                       arrivals=[0.04, 0.03, 0.0, 0.01]),
+}  # fmt: skip
+
+
+ANSWERABLE = [
+    (name, trace)
+    for name in SCHEDULERS
+    for trace in TRACES  # transformers refuses to generate no token
+    if trace != "no token for one" or TECHNIQUES[name].host == "lean"
+]
+
+
+@pytest.mark.parametrize(("name", "trace"), ANSWERABLE)
+def test_every_request_gets_the_tokens_it_would_get_alone(model, name, trace):
+    with serving(model, name) as engine:
+        check(model, TRACES[trace], engine.serve(TRACES[trace]))
+
+
+@pytest.mark.parametrize("trace", TRACES)
+@pytest.mark.parametrize("name", LEAN)
+def test_same_tokens_when_shapes_may_not_change(model, name, trace):
+    with serving(model, name, static_cache=True) as engine:
+        widths = []
+        engine.model.register_forward_pre_hook(
+            lambda _, args, options: widths.append((args[0].shape, getattr(args[2], "slots", 0)))
+            if args[0].shape[1] == 1 and "last_only" not in options else None, with_kwargs=True
+        )  # fmt: skip
+        check(model, TRACES[trace], engine.serve(TRACES[trace]))
+        if name != "lean_decoder":
+            assert len(set(widths)) <= 1, "a decode step changed its shape"
+
+
+@pytest.mark.parametrize("name", ["static_batching", "continuous_batching"])
+def test_same_tokens_under_a_sliding_window(name):
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.MistralConfig(**SHAPE, sliding_window=5)
+    windowed = transformers.MistralForCausalLM(config).eval().requires_grad_(False)
+    with serving(windowed, name) as engine:
+        trace = TRACES["more requests than slots"]
+        check(windowed, trace, engine.serve(trace))
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_no_requests_no_answers(model, name):
+    with serving(model, name) as engine:
+        assert engine.serve([]) == []
+
+
+@pytest.mark.parametrize("name", ["static_batching", "continuous_batching",
+                                  "peer_padded_generate", "peer_generate_batch"])  # fmt: skip
+def test_a_request_that_does_not_fit_is_refused_with_both_numbers(model, name):
+    with serving(model, name) as engine:
+        with pytest.raises(StudyError, match=r"request 1 needs 97 positions .* model has 96"):
+            engine.serve(requests_of((5, 3), (90, 7)))
+        with pytest.raises(StudyError, match="prompt of request 0 is empty"):
+            engine.serve(requests_of((0, 3)))
+
+
+class FakeClock(Clock):
+    """Time that passes only when a forward runs (1 s each) or when somebody sleeps."""
+
+    def __init__(self):
+        self.time, self.waited = 0.0, 0.0
+
+    def now(self):
+        return self.time
+
+    def sleep_until(self, moment):
+        self.waited += max(0.0, moment - self.time)
+        self.time = max(self.time, moment)
+
+
+@pytest.mark.parametrize("serve", [serve_static, serve_continuous])
+def test_no_request_is_seen_before_it_arrives(model, serve):
+    requests = requests_of((5, 4), (6, 3), (4, 8), (7, 2), (3, 3), (9, 5),
+                           arrivals=[0.0, 2.5, 2.5, 6.0, 40.0, 41.0])  # fmt: skip
+    with serving(model, "continuous_batching", batch=2) as engine:
+        clock = FakeClock()
+
+        def look(_, args, options):
+            ids = args[0]
+            if ids.shape[1] > 1:  # prompts
+                now = {tuple(r.ids.tolist()) for r in requests if r.arrival_s <= clock.time}
+                for row, positions in zip(ids, rows_of(args[1], ids), strict=True):
+                    prompt = tuple(row[positions < len(row)].tolist())
+                    assert prompt in now, f"prompt of {len(prompt)} seen at {clock.time}"
+            clock.time += 1.0
+
+        engine.model.register_forward_pre_hook(look, with_kwargs=True)
+        answers = serve(engine, requests, 96, clock)
+        check(model, requests, answers)
+        assert clock.waited > 10, "it did not wait for the fifth request"
+
+
+def rows_of(positions, ids):
+    if isinstance(positions, int):
+        return torch.arange(ids.shape[1]).expand_as(ids) + positions
+    return positions
+
+
+def test_a_batch_that_is_not_full_starts_after_the_longest_wait(model):
+    requests = requests_of((5, 2), (6, 2), (4, 2), arrivals=[0.0, 100.0, 101.0])
+    with serving(model, "static_batching", batch=3) as engine:
+        patient = serve_static(engine, requests, 96, FakeClock())
+        assert all(a.first_token_s >= 101.0 for a in patient)
+        hasty = serve_static(engine, requests, 96, FakeClock(), max_wait_s=5.0)
+        assert [a.first_token_s for a in hasty] == [5.0, 101.0, 101.0]
+        assert engine.stats["mean_batch"] == 1.5
+
+
+def test_arrivals_come_in_order_and_not_more_than_asked():
+    clock = FakeClock()
+    arrivals = Arrivals(requests_of((1, 1), (2, 1), (3, 1), arrivals=[3.0, 1.0, 1.0]), clock)
+    assert arrivals.take(9) == []
+    arrivals.wait()
+    assert clock.time == 1.0
+    assert [r.id for r in arrivals.take(1)] == [1]
+    assert [r.id for r in arrivals.take(9)] == [2]
+    arrivals.wait(5)
+    assert clock.time == 3.0
+    assert [r.id for r in arrivals.take(9)] == [0]
+    assert not arrivals
+
+
+def test_padding_stands_left_at_the_spare_position():
+    ids, positions = pad_left(requests_of((1, 1), (3, 1)), rows=3, spare=7)
+    assert positions.tolist() == [[7, 7, 0], [0, 1, 2], [7, 7, 7]]
+    assert ids[0, :2].tolist() == [0, 0]
+
+
+def test_what_a_scheduler_wastes_is_counted(model):
+    requests = requests_of((4, 5), (4, 5), (4, 5), (2, 1))
+    with serving(model, "static_batching", batch=2) as engine:
+        engine.serve(requests)
+        # batches (4+4, 4+2): 8 + 8 + 8 + 8 computed, 8 + 8 + 8 + 2 useful
+        assert engine.stats["padding_waste"] == pytest.approx(1 - 26 / 32)
+        assert engine.stats["mean_batch"] == pytest.approx(12 / 8)
+    with serving(model, "continuous_batching", batch=2) as engine:
+        engine.serve(requests)
+        assert engine.stats["padding_waste"] == 0
+        assert engine.stats["slot_occupancy"] == pytest.approx(engine.stats["mean_batch"] / 2)
+        assert 0 < engine.stats["scheduler_share"] < 1
+
+
+@pytest.mark.parametrize(
+    ("claimed", "real"),
+    [
+        ("static_batching", "lean_decoder"),
+        ("continuous_batching", "lean_decoder"),
+        ("continuous_batching", "static_batching"),
+    ],
+)
+def test_a_scheduler_that_is_off_is_noticed(model, claimed, real):
+    trace = TRACES["more requests than slots"]
+    effect = TECHNIQUES[claimed].effect
+    with serving(model, claimed) as engine:
+        assert effect(engine, lambda: engine.serve(trace))
+    with serving(model, real) as engine, pytest.raises(NotEngaged):
+        effect(engine, lambda: engine.serve(trace))
+
+
+@pytest.mark.parametrize("name", ["peer_padded_generate", "peer_generate_batch"])
+def test_a_peer_that_is_off_is_noticed(model, name):
+    trace = TRACES["more requests than slots"]
+    effect = TECHNIQUES[name].effect
+    with serving(model, name) as engine:
+        assert effect(engine, lambda: engine.serve(trace))
+    with serving(model, "eager") as engine:
+        engine.stats["new_tokens"] = sum(r.max_new_tokens for r in trace)
+        with pytest.raises(NotEngaged):
+            effect(engine, lambda: engine.serve(trace))
+
+
+# ---- the trace ---------------------------------------------------------------------------
+
+TEXT = torch.arange(5000)
+
+
+def test_a_trace_is_fixed_by_its_seed():
+    first, again, other = (request_trace(44, seed, text=TEXT) for seed in (0, 0, 1))
+    assert trace_hash(first) == trace_hash(again) != trace_hash(other)
+    # Python's generator and these lengths are the same on every machine
+    assert [(len(r.ids), r.max_new_tokens) for r in first[:3]] == [(62, 5), (14, 6), (49, 4)]
+    moved = [*first[:-1], Request(43, first[-1].ids, first[-1].max_new_tokens, 9.0)]
+    assert trace_hash(moved) != trace_hash(first)
+
+
+def test_lengths_are_log_normal_about_their_means_and_arrivals_poisson():
+    trace = request_trace(4000, rate=50.0, mean_prompt=48, mean_output=14, text=TEXT)
+    prompts = torch.tensor([len(r.ids) for r in trace]).double()
+    answers = torch.tensor([r.max_new_tokens for r in trace]).double()
+    gaps = torch.tensor([b.arrival_s - a.arrival_s for a, b in itertools.pairwise(trace)])
+    # four standard errors of the mean, and what cutting the longest takes away
+    assert prompts.mean().item() == pytest.approx(48, rel=4 * 0.53 / 4000**0.5 + 0.01)
+    assert answers.mean().item() == pytest.approx(14, rel=4 * 0.95 / 4000**0.5 + 0.03)
+    assert gaps.mean().item() == pytest.approx(1 / 50, rel=4 / 4000**0.5)
+    assert answers.max() <= LONGEST * 14
+    assert answers.min() >= 1
+    assert answers.quantile(0.95) > 2 * answers.mean(), "no long tail"
+
+
+def test_prompts_are_stretches_of_the_text():
+    for r in request_trace(20, text=TEXT):
+        assert torch.equal(r.ids, torch.arange(r.ids[0].item(), r.ids[0].item() + len(r.ids)))
+
+
+def test_a_trace_that_cannot_be_drawn_is_refused():
+    assert request_trace(0) == []
+    with pytest.raises(StudyError, match="text has 10 tokens and a prompt may take 192"):
+        request_trace(3, text=TEXT[:10])
+    with pytest.raises(StudyError, match="give positive numbers"):
+        request_trace(3, rate=0.0, text=TEXT)
