@@ -53,6 +53,7 @@ def bottlenecks(run: Run) -> str:
         ]  # fmt: skip
         layers = ", ".join(
             f"{markup.text(layer['name'])} {markup.percent(layer['share'])}"
+            + (f" (mostly {markup.text(layer['top_op'])})" if layer.get("top_op") else "")
             for layer in trace["layers"][:6]
         )
         note = f"<p class=note>By layer: {layers}</p>" if layers else ""

@@ -142,7 +142,8 @@ def trace(seconds):
         "path": "traces/constructed.json.gz", "calls": 2,
         "top_ops": [row("aten::mm", 812, 0.44), row("aten::scaled_dot_product_attention", 96, 0.2),
                     row("aten::cat", 192, 0.11), row("aten::mul", 1300, 0.06)],
-        "layers": [row("LlamaMLP", 6, 0.5), row("LlamaAttention", 6, 0.38)],
+        "layers": [{**row("LlamaMLP", 6, 0.5), "top_op": "aten::mm"},
+                   {**row("LlamaAttention", 6, 0.38), "top_op": None}],
         "syncs": [], "idle_share": None,
     }  # fmt: skip
 
