@@ -35,11 +35,11 @@ def shards(tensors: dict[str, Tensor], limit: int = MAX_FILE) -> list[dict[str, 
 
 
 def write_weights(run: Run, folder: Path) -> None:
-    """Write the weights as transformers names them, in bf16; running statistics stay fp32."""
+    """Write the weights as transformers names them, in bf16; buffers keep their dtype."""
     from safetensors.torch import save_file
 
     tensors = {name: w.to(torch.bfloat16).cpu().contiguous() for name, w in run.masters.items()}
-    kept = {name for name in run.model.state_dict() if "running_" in name}
+    kept = run.model.state_dict().keys()
     tensors |= {n: b.cpu().clone() for n, b in run.model.named_buffers() if n in kept}
     groups = shards(tensors)
     count = len(groups)
