@@ -66,7 +66,7 @@ class Work:
     """Least traffic (B) and arithmetic (FLOP) of one call, and the set of bytes it works on."""
 
     bytes_moved: float
-    flops: float
+    flops: float | None
     working_set: float
 
 
@@ -102,6 +102,9 @@ def generation_work(engine: Engine, cell: Cell, size: Size, steps: float | None 
     from impl.models.costs import flops_per_token, kv_bytes_per_token
 
     config = engine.spec.config
+    if "lean" not in engine.spec.needs:  # no formula for its shape: the weights alone
+        passes = 1 + (size.new_tokens - 1 if steps is None else steps)
+        return Work(passes * weights_read(engine), None, weights_read(engine))
     n, prompt = size.new_tokens, size.prompt_tokens
     passes = 1 + (n - 1 if steps is None else steps)
     weights = weights_read(engine)
@@ -122,11 +125,13 @@ def prefill_work(engine: Engine, cell: Cell, size: Size) -> Work:
     from impl.models.costs import flops_per_token
 
     config = engine.spec.config
+    if "lean" not in engine.spec.needs:
+        return forward_work(engine, None)
     flops = cell.batch * sum(flops_per_token(config, c) for c in range(1, size.prompt_tokens + 1))
     return forward_work(engine, flops)
 
 
-def forward_work(engine: Engine, flops: float) -> Work:
+def forward_work(engine: Engine, flops: float | None) -> Work:
     """One forward: every weight is read once; ``flops`` counted from shapes."""
     weights = weights_read(engine)
     return Work(weights, flops, weights)

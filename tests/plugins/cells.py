@@ -115,6 +115,11 @@ def cell_of(item):
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     """Tests of one cell run together, cells of one model together, the baseline first."""
+    empty = [i for i in items if getattr(i, "callspec", None) and "cell" in i.fixturenames
+             and cell_of(i) is None]  # fmt: skip
+    if empty:  # no selected cell moves this test's number
+        config.hook.pytest_deselected(items=empty)
+        items[:] = [item for item in items if item not in empty]
     place = {cell: i for i, cell in enumerate(config.study_cells.values())}
     models = {name: i for i, name in enumerate(config.selection.specs)}
 
