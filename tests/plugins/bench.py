@@ -172,6 +172,8 @@ def pytest_runtest_makereport(
     report = yield
     study = item.config.stash.get(STUDY, None)
     fixture = getattr(item, "funcargs", {}).get("benchmark")
+    if report.when == "setup" and fixture is not None and is_cell(item):
+        fixture.skipped = True  # until the call ends: Ctrl-C owes no excuse either
     if report.outcome != "passed":
         if fixture is not None:
             fixture.has_error = fixture.skipped = True

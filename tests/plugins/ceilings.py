@@ -102,7 +102,8 @@ class Ceilings:
     def probe_again(self, working_set: float, dtypes: tuple[str, ...]) -> None:
         """Raise the ceilings a cell seems to beat, if a quieter moment shows more."""
         first = self.measure_first()
-        first["read"].append(_read(self.device, round(working_set), 0.3))
+        largest = max(p["working_set_bytes"] for p in first["read"])
+        first["read"].append(_read(self.device, round(min(working_set, largest)), 0.3))
         for dtype in dtypes:
             if dtype in first["gemm"]:
                 again = _gemm(self.device, dtype, 0.3)

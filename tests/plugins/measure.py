@@ -111,7 +111,6 @@ class Bench:
         variant = _built(sides["variant"])
         assert variant is not None, "a cell has a variant"
         assert len(inputs) >= 4, "a cell has 4 inputs or more, so that no answer is remembered"
-        self.benchmark.skipped = True  # until filed: Ctrl-C owes no excuse for an unused fixture
         on_cuda = cell["device"].startswith("cuda")
         if device is None:
             device = _cuda() if on_cuda else Host()
@@ -252,7 +251,6 @@ class Bench:
         self.benchmark.group += f" {cell['workload']}"
         self.benchmark.extra_info.update(info)
         sampler.clock.replay(self.benchmark, samples)
-        self.benchmark.skipped = False
         self.study.keep(self.node.nodeid, self.benchmark.extra_info, samples)
         self.study.journal.append(entry_of(self.benchmark, samples))
         return Record(info, rounds.seconds)

@@ -20,6 +20,7 @@ PRECISE_PAIRS = 20
 MOST_PAIRS = 400
 CHUNK = 8
 SHORTEST_SAMPLE = 200e-6  # s; shorter calls repeat to fill it
+LONGEST_REPEAT = 20e-3  # s; repeating must not make a sample of the slowest side longer
 
 Call = Callable[[Any], Any]
 
@@ -332,6 +333,8 @@ def sample_rounds(
     }
     if not watch.cold:  # after a flush: one cold call
         rounds.calls = math.ceil(limits.shortest / max(min(quickest.values()), 1e-9))
+        longest = math.ceil(LONGEST_REPEAT / max(quickest.values()))
+        rounds.calls = min(rounds.calls, longest)  # 1000 times apart: no need to wait
     needs = FEWEST_PAIRS * rounds.calls * sum(quickest.values())
     has = limits.seconds - (time.perf_counter() - start)
     if needs > has and not limits.overspend(needs):

@@ -142,14 +142,20 @@ def contents(value: Any) -> list[Any]:
 def change_in_place(value: Any) -> Callable[[], None]:
     """Give an input new content in the same storage; returns what restores it.
 
-    Every tensor is rolled by one along its last dimension, so it stays in its distribution.
+    Every tensor is rolled by one along its last dimension, so it stays in its distribution
+    (a tensor that several items share is rolled once).
     """
-    before = [(tensor, tensor.clone()) for tensor in contents(value)]
-    for tensor, old in before:
-        tensor.copy_(old.roll(1, dims=-1) if old.ndim else old + 1)
+    import torch
+
+    with torch.inference_mode():  # inference tensors change nowhere else
+        distinct = {tensor.data_ptr(): tensor for tensor in contents(value)}
+        before = [(tensor, tensor.clone()) for tensor in distinct.values()]
+        for tensor, old in before:
+            tensor.copy_(old.roll(1, dims=-1) if old.ndim else old + 1)
 
     def restore() -> None:
-        for tensor, old in before:
-            tensor.copy_(old)
+        with torch.inference_mode():
+            for tensor, old in before:
+                tensor.copy_(old)
 
     return restore

@@ -44,13 +44,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """``--save-trace tests/x.py`` would take the test for a folder."""
+    given = config.getoption("save_trace", None) or ""
+    if given.endswith(".py") or "::" in given:
+        raise pytest.UsageError(f"--save-trace took the test {given} for a folder; write =DIR")
+
+
 def folder_of(config: pytest.Config, default: Path) -> Path | None:
     """Where traces go, or None when they are off (always under ncu)."""
     given = config.getoption("save_trace", None)
     if given is None or os.environ.get("NCU_CHILD") == "1":
         return None
-    if given.endswith(".py") or "::" in given:
-        raise pytest.UsageError(f"--save-trace took the test {given} for a folder; write =DIR")
     return config.rootpath / given if given else default
 
 

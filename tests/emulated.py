@@ -1,0 +1,49 @@
+"""An asynchronous device without a GPU: launches return at once, workers do them in order."""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+
+class Stream(ThreadPoolExecutor):
+    """One queue of work, done in order."""
+
+    def __init__(self) -> None:
+        super().__init__(max_workers=1)
+
+
+class Device:
+    """Two streams; ``synchronize`` waits for both, events see the first only, as on a GPU."""
+
+    def __init__(self) -> None:
+        self.current, self.other = Stream(), Stream()
+
+        class Event:
+            def __init__(event, enable_timing: bool = True) -> None:
+                event.reached: Future[float] | None = None
+
+            def record(event) -> None:
+                event.reached = self.current.submit(time.perf_counter)
+
+            def elapsed_time(event, end: Any) -> float:
+                """Milliseconds, as torch.cuda.Event."""
+                return (end.reached.result() - event.reached.result()) * 1e3
+
+        self.Event = Event
+
+    def kernel(
+        self, seconds: float, compute: Callable[[Any], Any], stream: Stream | None = None
+    ) -> Callable[[Any], Any]:
+        """A call that launches ``seconds`` of work and returns; its result is right at once."""
+
+        def launch(x: Any) -> Any:
+            (stream or self.current).submit(time.sleep, seconds)
+            return compute(x)
+
+        return launch
+
+    def synchronize(self) -> None:
+        """Wait until all streams are idle."""
+        for future in (self.current.submit(int), self.other.submit(int)):
+            future.result()
