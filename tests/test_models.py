@@ -236,6 +236,29 @@ def test_cache_bytes_are_those_counted_from_the_shape(pair):
     assert cache.nbytes == 3 * 10 * costs.kv_bytes_per_token(hf.config.to_dict(), 2)
 
 
+@pytest.mark.parametrize("cache_class", [GrowingCache, KVCache])
+def test_autocast_runs_with_an_fp32_cache(pair, cache_class):
+    _, lean = pair("llama")
+    ids = ids_of(2, 12)
+    exact = lean(ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        cache = cache_class(lean.config, 2, 12)
+        lean(ids[:, :11], 0, cache)
+        out = lean(ids[:, 11:], 11 if cache.lockstep else torch.full((2, 1), 11), cache)
+    assert 70 > sqnr_db(exact[:, 11:], out) >= ROUNDING_DB["bf16"]
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def test_a_model_shared_for_inference_can_be_trained(tmp_path):
+    _, hf = load(str(checkpoint(tmp_path, "qwen3")), torch.float32)
+    with torch.inference_mode():  # as engines are built
+        lean = from_transformers(hf)
+        lean.extend_positions(100)
+    lean.requires_grad_(True)(ids_of(2, 9)).square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in lean.parameters())
+
+
 # ---- compiled ----------------------------------------------------------------------------
 
 

@@ -138,7 +138,10 @@ class RMSNorm(nn.Module):
         # 12 for pow, mean, add, rsqrt and 11 for F.rms_norm (eager, hidden 384, CPU).
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         inverse = torch.rsqrt(torch.addcmul(self.eps, norm, norm, value=1.0 / self.size))
-        return (x * inverse).to(x.dtype) * self.weight
+        normed = x * inverse
+        if normed.dtype != x.dtype:
+            normed = normed.to(x.dtype)
+        return normed * self.weight
 
     def extra_repr(self) -> str:
         return f"{self.size}, eps={self.epsilon}"
@@ -270,11 +273,12 @@ class LeanDecoder(nn.Module):
                 f"{length} positions are more than the {config.max_positions} up to which dynamic "
                 "rope scaling is static; shorten the prompt or the number of new tokens"
             )
-        frequencies = torch.tensor(config.rope_frequencies, device=weight.device)
-        angles = torch.arange(length, device=weight.device)[:, None].float() * frequencies
-        cos, sin = angles.cos() * config.rope_scale, angles.sin() * config.rope_scale
-        self.cos = torch.cat((cos, cos), -1)[:, None].to(weight.dtype)  # (length, 1, D)
-        self.sin = torch.cat((-sin, sin), -1)[:, None].to(weight.dtype)
+        with torch.inference_mode(False):  # the model may be trained later
+            frequencies = torch.tensor(config.rope_frequencies, device=weight.device)
+            angles = torch.arange(length, device=weight.device)[:, None].float() * frequencies
+            cos, sin = angles.cos() * config.rope_scale, angles.sin() * config.rope_scale
+            self.cos = torch.cat((cos, cos), -1)[:, None].to(weight.dtype)  # (length, 1, D)
+            self.sin = torch.cat((-sin, sin), -1)[:, None].to(weight.dtype)
 
     def hidden(self, ids: Tensor, positions: Tensor | int | None = None, cache=None) -> Tensor:
         """Hidden states (B, T, C) before the last norm; arguments as in ``forward``."""
@@ -308,6 +312,7 @@ class LeanDecoder(nn.Module):
         return self.lm_head(self.norm(x[:, -1:] if last_only else x))
 
 
+@torch.inference_mode(False)
 def from_transformers(hf_model) -> LeanDecoder:
     """A ``LeanDecoder`` over the very parameters of a transformers model (nothing is copied).
 

@@ -93,6 +93,7 @@ class KVCache:
             values[:, :, positions:end] = v
             start = max(0, end - self.window) if self.window and T == 1 else 0
             return keys[:, :, start:end], values[:, :, start:end]
+        k, v = k.to(keys.dtype), v.to(values.dtype)  # differ under autocast
         if self.batch == 1:
             keys.index_copy_(2, positions[0], k)
             values.index_copy_(2, positions[0], v)
