@@ -1,4 +1,4 @@
-"""An asynchronous device without a GPU: launches return at once, workers do them in order."""
+"""Devices and clocks that need no hardware: an asynchronous device, a clock that work moves."""
 
 import time
 from collections.abc import Callable
@@ -47,3 +47,17 @@ class Device:
         """Wait until all streams are idle."""
         for future in (self.current.submit(int), self.other.submit(int)):
             future.result()
+
+
+class Ticker:
+    """A clock that only work moves."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def work(self, seconds: float) -> None:
+        """Let time pass."""
+        self.now += seconds

@@ -1,0 +1,220 @@
+"""When sampling may stop and what its ratios claim; when a session must."""
+
+import math
+import random
+import time
+
+import pytest
+import torch
+
+from tests.emulated import Ticker
+from tests.plugins import sampler
+from tests.plugins.budget import LEEWAY, Budget, Plan, load_costs, save_costs
+from tests.plugins.sampler import Limits, Rounds, WallWatch, interval_rank, sample_rounds, verdict
+
+
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def matrices(n=160):
+    return [torch.randn(n, n, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+
+
+def product(x):
+    return x @ x
+
+
+def twice(x):
+    return x @ x + 0 * (x @ x)
+
+
+# ---- statistics --------------------------------------------------------------------------
+
+
+def test_interval_ranks_are_exact():
+    """Against the binomial distribution itself, and the values in print."""
+    assert [interval_rank(n) for n in (5, 6, 20, 40, 400)] == [0, 1, 6, 14, 180]
+    for n in range(6, 80):
+        k = interval_rank(n)
+        miss = [2 * sum(math.comb(n, i) for i in range(j)) / 2**n for j in (k, k + 1)]
+        assert miss[0] <= 0.05 < miss[1]
+
+
+def test_five_pairs_have_no_interval_and_no_verdict():
+    ratio = Rounds({"variant": [1.0] * 5, "baseline": [2.0] * 5}).ratio()
+    assert (ratio.middle, ratio.low, ratio.high) == (2.0, None, None)
+    assert verdict(ratio.low, ratio.high, 0.02) == "ambiguous"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0.985, 1.015, "same"),
+        (1.005, 1.015, "same"),  # inside the margin, though above 1
+        (1.01, 1.05, "faster"),
+        (0.9, 0.99, "slower"),
+        (0.97, 1.04, "ambiguous"),
+        (1.0, 1.04, "ambiguous"),
+    ],
+)
+def test_verdicts(low, high, expected):
+    assert verdict(low, high, 0.02) == expected
+
+
+def test_a_known_ratio_is_found(one_thread):
+    limits = Limits(seconds=1.0, precision=0.03)
+    rounds = sample_rounds({"variant": product, "baseline": twice}, matrices(), WallWatch(), limits)
+    ratio = rounds.ratio()
+    assert 1.6 < ratio.middle < 2.6
+    assert verdict(ratio.low, ratio.high, 0.06) == "faster"
+
+
+def false_alarms(trials, seconds):
+    """Intervals without 1.0 when the same code is timed against itself."""
+    inputs, missed = matrices(48), 0
+    for seed in range(trials):
+        limits = Limits(seconds, precision=0.01, shortest=20e-6, overspend=lambda _: True)
+        sides = {"variant": product, "baseline": product}
+        ratio = sample_rounds(sides, inputs, WallWatch(), limits, seed).ratio()
+        missed += not ratio.low <= 1 <= ratio.high
+    return missed
+
+
+def test_same_code_is_neither_faster_nor_slower(one_thread):
+    """Honest 95 % intervals miss more than 9 of 60 in 0.1 % of runs."""
+    assert false_alarms(60, 0.01) <= 9
+
+
+@pytest.mark.slow
+def test_false_alarms_stay_below_five_percent(one_thread):
+    """28 of 400: what intervals that miss 5 % exceed in 3 % of runs, ours in fewer."""
+    assert false_alarms(400, 0.01) <= 28
+
+
+def test_intervals_cover_what_they_claim_under_bursts_of_load():
+    """Samples with bursts and drift that fall on both sides alike: coverage 93 % or more."""
+    rng, covered = random.Random(1), 0
+    for _ in range(600):
+        variant, baseline = [], []
+        for i in range(40):
+            burst = rng.choice((1, 1, 1, 4)) * (1 + i / 100)
+            variant.append(burst * rng.lognormvariate(0, 0.1))
+            baseline.append(burst * 1.3 * rng.lognormvariate(0, 0.1))
+        ratio = sampler.paired_ratio(baseline, variant)
+        covered += ratio.low <= 1.3 <= ratio.high
+    assert covered >= 0.93 * 600
+
+
+def test_all_sides_get_the_same_inputs_in_random_order(monkeypatch):
+    ticker, seen = Ticker(), []
+    monkeypatch.setattr(time, "perf_counter", ticker)
+
+    def side(name, seconds):
+        def call(x):
+            seen.append((name, x))
+            ticker.now += seconds
+
+        return call
+
+    sides = {"variant": side("variant", 1.0), "baseline": side("baseline", 2.0),
+             "without": side("without", 1.5), "peer": side("peer", 1.0)}  # fmt: skip
+    rounds = sample_rounds(sides, range(9), WallWatch(), Limits(seconds=1000, precision=0.001))
+    taken = seen[-4 * len(rounds) :]
+    orders = set()
+    for four in zip(*[iter(taken)] * 4, strict=True):
+        assert {name for name, _ in four} == set(sides)
+        assert len({x for _, x in four}) == 1
+        orders.add(tuple(name for name, _ in four))
+    assert len(orders) > 6
+    assert rounds.stop == "precise"
+    assert len(rounds) == 24
+    assert [rounds.ratio(s).middle for s in ("baseline", "without", "peer")] == pytest.approx(
+        [2.0, 1.5, 1.0]
+    )
+
+
+def test_the_share_ends_a_cell_and_six_pairs_must_fit(monkeypatch):
+    ticker = Ticker()
+    monkeypatch.setattr(time, "perf_counter", ticker)
+    jitter = random.Random(0)
+
+    def call(x):
+        ticker.now += jitter.uniform(0.5, 1.5)
+
+    sides = {"variant": call, "baseline": call}
+    rounds = sample_rounds(sides, [0], WallWatch(), Limits(seconds=40, precision=1e-6))
+    assert rounds.stop == "budget"
+    assert 38 < ticker.now < 44
+    with pytest.raises(sampler.DoesNotFit, match="six pairs need"):
+        sample_rounds(sides, [0], WallWatch(), Limits(seconds=5))
+    allowed = Limits(seconds=5, overspend=lambda needs: needs < 100)
+    assert len(sample_rounds(sides, [0], WallWatch(), allowed)) == 6
+
+
+# ---- budget ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seconds", [20, 40, 600])
+def test_the_budget_ends_the_selection(seconds, seed):
+    """94 cells whose building takes 0 to 20 s: never 5 % late, no cell unaccounted."""
+    rng, ticker = random.Random(seed), Ticker()
+    heavy = rng.choice((0.0, 0.05, 1.0))  # mean seconds of building
+    builds = [min(20.0, rng.expovariate(1 / heavy)) if heavy else 0.0 for _ in range(94)]
+    names = [f"cell{i}" for i in range(94)]
+    budget = Budget(seconds, clock=ticker, known=dict(zip(names, builds, strict=True)))
+    budget.plan(Plan(n, f"model{i % 5}", (f"t{i % 40}",)) for i, n in enumerate(names))
+    budget.start()
+    ran, refused = [], []
+    for name, build in zip(names, builds, strict=True):
+        if budget.begin(name):
+            refused.append(name)
+            budget.done(name, 0.0)
+            continue
+        ticker.work(build)
+        share = budget.share(name)
+        needs = rng.uniform(0.001, 0.1)
+        if needs > share and not budget.may_overspend(name, needs):
+            refused.append(name)
+            budget.done(name, 0.0)
+            continue
+        took = max(needs, share * rng.choice((0.2, 1.0)))  # precise early, or its whole share
+        ticker.work(took)
+        ran.append(name)
+        budget.done(name, took, 20)
+    assert len(ran) + len(refused) == 94
+    assert ticker.now <= seconds * (1 + LEEWAY)
+    assert not (heavy == 0 and refused)
+
+
+def test_a_cell_named_by_hand_is_never_refused():
+    ticker = Ticker()
+    budget = Budget(1, clock=ticker)
+    budget.plan([Plan("a", "m", ("t",), by_name=True), Plan("b", "m", ("t",))])
+    budget.start()
+    ticker.work(2)
+    assert budget.begin("a") is None
+    assert budget.may_overspend("a", 100)
+    assert "raise --bench-budget" in budget.begin("b")
+
+
+def test_a_new_technique_may_take_more_than_its_share():
+    budget = Budget(100, clock=Ticker())
+    budget.plan([Plan("a", "m", ("new",)), Plan("b", "m", ("new",)), Plan("c", "m", ("new",))])
+    assert budget.may_overspend("a", 50)
+    budget.done("a", 1.0, pairs=6)
+    assert not budget.may_overspend("b", 50)
+
+
+def test_costs_of_earlier_runs_are_remembered(tmp_path):
+    path = tmp_path / "machine" / "costs.json"
+    save_costs(path, {"a": 1.0})
+    save_costs(path, {"b": 2.0})
+    assert load_costs(path) == {"a": 1.0, "b": 2.0}
+    path.write_text("{")
+    assert load_costs(path) == {}
