@@ -119,7 +119,7 @@ def test_gpt2_runs_on_transformers_with_plain_linears(tmp_path):
     original = transformers.GPT2LMHeadModel(config).eval()
     original.save_pretrained(tmp_path / "gpt")
     spec, model = load(str(tmp_path / "gpt"), torch.float32)
-    assert spec.needs == {"generate", "linear", "attention"}  # not "lean"
+    assert spec.needs == {"generate", "linear", "attention", "unaligned"}  # not "lean"
     assert sum(isinstance(m, torch.nn.Linear) for m in model.modules()) == 4 * 2 + 1
     with torch.inference_mode():
         ids = ids_of(2, 12)
@@ -156,7 +156,8 @@ def test_image_classifier_checkpoint(tmp_path, name):
     model_class(config).save_pretrained(tmp_path / name)
     spec, model = load(str(tmp_path / name), torch.float32)
     assert spec.kind == "classifier"
-    assert spec.needs == {"classify", "linear", "conv" if name == "ResNet" else "attention"}
+    kind = "conv" if name == "ResNet" else "attention"
+    assert spec.needs == {"classify", "linear", "unaligned", kind}  # 5 classes
     assert model(torch.randn(2, 3, 32, 32)).logits.shape == (2, 5)
     assert zoo.footprint_bytes(spec, "fp32", 2) > 8 * costs.parameter_count(model)
 

@@ -80,6 +80,7 @@ class ModelSpec:
 
 
 _DECODER = frozenset({"generate", "lean", "linear", "attention"})
+_CONV_NET = frozenset({"conv", "linear", "classify", "unaligned"})  # 10 and 1000 classes
 _LANGUAGE = ("perplexity", "kl", "top1_agreement", "completion")
 
 _LLAMA_1B = {
@@ -118,7 +119,7 @@ SPECS: dict[str, ModelSpec] = {
         ModelSpec("lm_outliers", "decoder", _DECODER, "lm_small with a few channels scaled up and "
                   "down again: the same function, outliers as in large models", _LANGUAGE,
                   source="rescaled"),
-        ModelSpec("digits_resnet", "classifier", frozenset({"conv", "linear", "classify"}),
+        ModelSpec("digits_resnet", "classifier", _CONV_NET,
                   "transformers' ResNet trained here on scikit-learn's digits", ("accuracy",)),
         ModelSpec("minilm", "encoder", frozenset({"linear", "attention", "embed"}),
                   "all-MiniLM-L6-v2 with its pretrained weights", ("cosine", "retrieval"),
@@ -129,7 +130,7 @@ SPECS: dict[str, ModelSpec] = {
                   random_weights=True, source="random"),
         ModelSpec("bert_base", "encoder", frozenset({"linear", "attention", "embed"}),
                   "the shape of BERT base, random weights", random_weights=True, source="random"),
-        ModelSpec("resnet50", "classifier", frozenset({"conv", "linear", "classify"}),
+        ModelSpec("resnet50", "classifier", _CONV_NET,
                   "the shape of ResNet-50, random weights", random_weights=True, source="random"),
     )
 }  # fmt: skip
@@ -200,7 +201,8 @@ def capabilities(config: dict[str, Any], where: str) -> tuple[str, frozenset[str
             needs.add("unaligned")
         return "decoder", frozenset(needs)
     if model_type in OTHER_DECODERS:  # on transformers' own model alone: not "lean"
-        return "decoder", frozenset({"generate", "linear", "attention"})
+        odd = {"unaligned"} if (config.get("vocab_size") or 50257) % 64 else set()
+        return "decoder", frozenset({"generate", "linear", "attention"} | odd)
     if model_type in ENCODERS:
         needs = {"linear", "attention", "embed"}
         return "encoder", frozenset(
@@ -213,7 +215,9 @@ def capabilities(config: dict[str, Any], where: str) -> tuple[str, frozenset[str
                 "give a checkpoint saved from a ...ForImageClassification model"
             )
         attention = {"attention"} if model_type in ("deit", "vit") else {"conv"}
-        return "classifier", frozenset({"linear", "classify"} | attention)
+        labels = config.get("num_labels") or len(config.get("id2label") or "ab")
+        odd = {"unaligned"} if labels % 64 else set()
+        return "classifier", frozenset({"linear", "classify"} | attention | odd)
     known = (*LEAN_DECODERS, *OTHER_DECODERS, *ENCODERS, *CLASSIFIERS)
     raise StudyError(
         f"{where} is of type {model_type!r}, which is not supported; supported: {', '.join(known)}"
