@@ -91,8 +91,11 @@ def cells(run: Run, out: Path) -> str:
     """Every cell with everything its record holds."""
     body = ""
     for _, records in study.groups(run.records):
-        body += f"<h3>{markup.text(where(records[0]))}</h3>"
-        body += "".join(evidence(r, out) for r in records)
+        listed = "".join(evidence(r, out) for r in records)
+        body += (
+            f"<details class=place><summary><b>{markup.text(where(records[0]))}</b> <span class=ci>"
+            f"{markup.count(len(records), 'cell')}</span></summary>{listed}</details>"
+        )
     lead = "One line per cell; open it for quality, memory, limits and the proof that it was on."
     return section("cells", "Every cell and its evidence", lead, body)
 

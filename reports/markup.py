@@ -88,10 +88,12 @@ def verdict(word: str) -> str:
     return f'<span class="verdict {text(word)}">{text(word)}</span>'
 
 
-def stack(record: Record) -> str:
-    """The techniques, each on a line of its own if need be; peers are marked."""
+def stack(record: Record, link: bool = True) -> str:
+    """The techniques, broken at a plus if need be; a link to the cell; peers are marked."""
     names = '<span class="plus">+</span><wbr>'.join(text(n) for n in record.cell.techniques)
     mark = ' <span class="tag">peer</span>' if is_peer(record) else ""
+    if not link:
+        return f'<span class="stack">{names}</span>{mark}'
     return f'<a class="stack" href="#{anchor(record)}">{names}</a>{mark}'
 
 

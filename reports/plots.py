@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from reports.load import Record
 from reports.study import ParetoPoint, is_peer
 
-WIDTH = 4.5  # inches; 324 units of the viewBox, about a phone's width in CSS pixels
+WIDTH = 4.1  # inches; 295 units of the viewBox, about a phone's width in CSS pixels
 PALETTE = {  # colours that no one sees: each is replaced by the CSS variable of its name
     "#010101": "ink", "#020202": "soft", "#030303": "line", "#040404": "faster",
     "#050505": "slower", "#060606": "same", "#070707": "ambiguous", "#080808": "accent",
@@ -49,11 +49,17 @@ STYLE: Any = {
 
 
 @contextmanager
-def drawing(height: float) -> Iterator[tuple[Figure, Axes]]:
-    """A figure of `height` inches in the study's style."""
+def drawing(
+    height: float, left: float = 0.06, bottom: float = 0.26, top: float = 0.04
+) -> Iterator[tuple[Figure, Axes]]:
+    """A figure of `height` inches in the study's style, with these margins in inches.
+
+    Margins are given, not searched for: a layout engine draws every figure twice.
+    """
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        yield figure, figure.add_subplot()
+        figure = Figure(figsize=(WIDTH, height))
+        box = (left / WIDTH, bottom / height, 1 - (left + 0.1) / WIDTH, 1 - (bottom + top) / height)
+        yield figure, figure.add_axes(box)
 
 
 def svg(figure: Figure, label: str) -> str:
@@ -122,10 +128,10 @@ class Rows:
     @property
     def height(self) -> float:
         """Inches of a figure that holds them."""
-        return 0.6 + 0.36 * ((self.at[-1] if self.at else 0) + 1)
+        return 0.42 + 0.36 * ((self.at[-1] if self.at else 0) + 1)
 
 
-def folded(name: str, width: int = 44) -> str:
+def folded(name: str, width: int = 36) -> str:
     """`name` in as few lines as hold `width` characters, broken after a plus."""
     lines = [""]
     for part in name.replace("+", "+\0").split("\0"):
@@ -173,7 +179,7 @@ def ratio_text(ratio: Any) -> str:
 
 def pareto_plot(points: Sequence[ParetoPoint], title: str) -> str:
     """Quality against time; numbered where nothing is both faster and as good."""
-    with drawing(2.9) as (figure, axes):
+    with drawing(2.7, 0.72, 0.46) as (figure, axes):
         metric = points[0].metric["metric"]
         front = [p for p in points if p.dominated_by is None]
         rest = [p for p in points if p.dominated_by is not None]
@@ -212,7 +218,7 @@ def memory_bars(records: Sequence[Record], title: str) -> str:
         (r for r in records if r.number("peak_bytes")), key=lambda r: r.info["peak_bytes"]
     )
     rows = Rows.of([r.cell.stack for r in cells])
-    with drawing(rows.height + 0.15) as (figure, axes):
+    with drawing(rows.height + 0.15, bottom=0.42) as (figure, axes):
         for y, record in zip(rows.at, cells, strict=True):
             left, peak = 0.0, float(record.info["peak_bytes"])
             for key, color in (
@@ -233,7 +239,7 @@ def roofline(records: Sequence[Record], bandwidth: float, peaks: dict[str, float
     """FLOP/s against FLOP per byte under the roofs measured in the same run."""
     points = [(r.info["flops"] / r.info["bytes_moved"], r.info["flops"] / r.seconds, r)
               for r in records if r.number("flops") and r.number("bytes_moved")]  # fmt: skip
-    with drawing(3.1) as (figure, axes):
+    with drawing(2.9, 0.68, 0.46) as (figure, axes):
         xs = [x for x, _, _ in points]
         knees = [peak / bandwidth for peak in peaks.values()]
         left, right = min([*xs, *knees]) / 3, max([*xs, *knees]) * 3

@@ -14,13 +14,10 @@ from reports.markup import NOTHING, figure, figures, section, table
 def headline(run: Run) -> str:
     rows = [
         [
-            f"{markup.text(r.cell.model)}<br><span class=ci>{markup.text(r.cell.workload)}, batch "
-            f"{r.cell.batch}</span>",
-            f"{markup.stack(r)}<br><span class=ci>{markup.text(r.cell.precision)}, "
-            f"{markup.text(winner.claim)}</span>",
+            who(r, f"{where(r)} · {winner.claim}"),
             f"{markup.ratio(r.speedup)}<br><span class=ci>over {markup.text(r.info['baseline'])}, "
             f"{r.info.get('pairs')} pairs</span>",
-            f"{markup.time(r.seconds)}"
+            markup.time(r.seconds)
             + (f"<br><span class=ci>{markup.rate(rate, 'tokens/s')}</span>"
                if (rate := r.number("tokens_per_s")) else ""),
             markup.percent(r.number("limit_fraction")),
@@ -38,9 +35,15 @@ def headline(run: Run) -> str:
         lead += (
             "An interval covers this one process; a claim needs three (<code>make headline</code>)."
         )
-    head = ["workload", "fastest stack", "speed-up, 95 %", "time per call", "of the limit",
-            "peak memory", "quality, change ± error"]  # fmt: skip
-    return section("headline", "Headline", lead, table(head, rows, (2, 3, 4, 5), "headline"))
+    head = ["fastest stack", "speed-up, 95 %", "time per call", "of the limit", "peak memory",
+            "quality, change ± error"]  # fmt: skip
+    return section("headline", "Headline", lead, table(head, rows, (1, 2, 3, 4), "headline"))
+
+
+def who(record: Record, place: str = "", link: bool = True) -> str:
+    """The stack, and below it where it was measured."""
+    below = markup.text(place or where(record))
+    return f'{markup.stack(record, link)}<br><span class="at">{below}</span>'
 
 
 def three_processes(run: Run) -> str:
@@ -60,19 +63,19 @@ def three_processes(run: Run) -> str:
             continue
         mark = ' <span class="tag">unstable</span>' if repeat["unstable"] else ""
         rows.append([
-            markup.stack(r) + mark, markup.text(c.place), markup.ratio(r.speedup),
+            who(r, link=False) + mark, markup.ratio(r.speedup),
             " ".join(f"{value:.2f}" for value in repeat["speedups"]),
             markup.percent(repeat["spread"]), markup.verdict(r.verdict),
         ])  # fmt: skip
     lead = (
-        f"{markup.count(len(stats['runs']), 'fresh process')[:-1]}es: the lowest low and the "
-        "highest high of all of them, and a verdict only where all agree. "
+        f"{len(stats['runs'])} fresh processes: the lowest low and the highest high of all of "
+        "them, and a verdict only where all agree. "
         f"Between processes the median cell repeats within "
         f"{markup.percent(stats['median_spread'])}, "
         f"{markup.percent(stats['within_10_percent'])} of the cells within 10 %."
     )
-    head = ["stack", "where", "speed-up, worst bounds", "each process", "spread", "verdict"]
-    return section("processes", "Repeated in fresh processes", lead, table(head, rows, (2, 3, 4)))
+    head = ["stack", "speed-up, worst bounds", "each process", "spread", "verdict"]
+    return section("processes", "Repeated in fresh processes", lead, table(head, rows, (1, 2, 3)))
 
 
 def speedups(run: Run) -> str:
@@ -182,19 +185,19 @@ def limits(run: Run) -> str:
         best += ranked[:3] + [r for r in ranked[3:] if r.is_baseline]
     rows = [
         [
-            markup.stack(r), markup.text(where(r)), markup.percent(r.number("limit_fraction")),
+            who(r), markup.percent(r.number("limit_fraction")),
             markup.time(r.seconds), markup.milliseconds(r.number("limit_ms")),
             markup.text(r.info.get("bound") or "–"), markup.percent(r.number("mbu")),
             markup.percent(r.number("mfu")),
         ]
         for r in best
     ]  # fmt: skip
-    head = ["stack", "where", "of the limit", "time", "limit", "bound by", "MBU", "MFU"]
+    head = ["stack", "of the limit", "time", "limit", "bound by", "MBU", "MFU"]
     lead = (
         "The limit is the larger of least bytes / measured bandwidth and FLOPs / measured GEMM "
         "rate. Shown: the three closest to it per workload, and the baseline."
     )
-    body += table(head, rows, (2, 3, 4, 6, 7), "fraction of limit")
+    body += table(head, rows, (1, 2, 3, 5, 6), "fraction of limit")
     return section("limits", "Fraction of the limit", lead, body)
 
 
@@ -290,7 +293,7 @@ def combinations(run: Run) -> str:
                 words = ("more than the product" if term.low > 1
                          else "less than the product" if term.high < 1 else words)  # fmt: skip
             rows.append([
-                markup.stack(found.record), markup.text(where(found.record)),
+                who(found.record),
                 markup.ratio(found.record.speedup), f"{found.product:.2f}×", markup.ratio(term),
                 words,
             ])  # fmt: skip
@@ -299,9 +302,9 @@ def combinations(run: Run) -> str:
         "lean decoder counted once. Below 1 two techniques save the same time twice; above 1 one "
         "opens the way for the other. The intervals treat the cells as independent."
     )
-    head = ["stack", "where", "measured", "product of singles", "interaction", "so"]
+    head = ["stack", "measured", "product of singles", "interaction", "so"]
     return (
-        section("combinations", "Combinations", lead, table(head, rows, (2, 3, 4))) if rows else ""
+        section("combinations", "Combinations", lead, table(head, rows, (1, 2, 3))) if rows else ""
     )
 
 
@@ -314,7 +317,7 @@ def speculation(run: Run) -> str:
         without = r.against("without")
         gain = without[1] if without else None
         rows.append([
-            markup.stack(r), markup.text(where(r)), markup.percent(r.number("accept_rate")),
+            who(r), markup.percent(r.number("accept_rate")),
             NOTHING if accepted is None else f"{accepted:.2f}",
             markup.ratio(gain) + (f"<br><span class=ci>over {markup.text(without[0])}</span>"
                                   if without else ""),
@@ -325,10 +328,10 @@ def speculation(run: Run) -> str:
         "Drafted tokens accepted by the target, and what is left of it in time: speed-up over the "
         "same stack without drafts, divided by the mean number of tokens accepted per step."
     )
-    head = ["stack", "where", "accepted", "tokens per step", "gain of the drafts",
+    head = ["stack", "accepted", "tokens per step", "gain of the drafts",
             "gain / tokens per step", "speed-up over baseline"]  # fmt: skip
     return (
-        section("speculation", "Speculation", lead, table(head, rows, (2, 3, 4, 5, 6)))
+        section("speculation", "Speculation", lead, table(head, rows, (1, 2, 3, 4, 5)))
         if rows
         else ""
     )
@@ -337,7 +340,7 @@ def speculation(run: Run) -> str:
 def serving(run: Run) -> str:
     rows = [
         [
-            markup.stack(r), markup.text(where(r)),
+            who(r),
             *(markup.milliseconds(r.number(key)) if r.number(key) is not None
               else '<span class="none">too few</span>' for key in ("p50_ms", "p95_ms", "p99_ms")),
             markup.milliseconds(r.number("ttft_ms")), markup.milliseconds(r.number("tpot_ms")),
@@ -353,9 +356,9 @@ def serving(run: Run) -> str:
         "the scheduled arrival. <i>Too few</i>: fewer requests than the percentile needs at 99 % "
         "confidence (p50 7, p90 44, p95 90, p99 459)."
     )
-    head = ["scheduler", "where", "p50", "p95", "p99", "first token", "later tokens", "requests",
+    head = ["scheduler", "p50", "p95", "p99", "first token", "later tokens", "requests",
             "in objective", "tokens"]  # fmt: skip
-    return section("serving", "Serving", lead, table(head, rows, range(2, 10))) if rows else ""
+    return section("serving", "Serving", lead, table(head, rows, range(1, 9))) if rows else ""
 
 
 QUESTIONS = (headline, three_processes, speedups, quality, memory, limits, formats, ladders,

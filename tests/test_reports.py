@@ -167,8 +167,8 @@ def test_a_full_disk_keeps_the_old_page(small, tmp_path, monkeypatch, capsys):
     assert not list(out.glob("*.part"))
 
 
-def test_an_output_folder_that_is_a_file_is_refused(constructed, tmp_path, capsys):
-    source = save(tmp_path / "run.json", constructed)
+def test_an_output_folder_that_is_a_file_is_refused(small, tmp_path, capsys):
+    source = save(tmp_path / "run.json", small)
     assert main(["build", source, "--out", source]) == 2
     assert "cannot be written" in capsys.readouterr().err
 
@@ -577,8 +577,8 @@ def test_a_cell_with_every_null_is_shown(constructed, run_of, tmp_path):
     assert "nan" not in text.lower().replace("nanum", "")
 
 
-def test_text_from_a_run_is_escaped(constructed, run_of, tmp_path):
-    evil = changed(constructed, STACK, effect="<script>alert(1)</script>")
+def test_text_from_a_run_is_escaped(small, run_of, tmp_path):
+    evil = changed(small, "torch_compile", effect="<script>alert(1)</script>")
     text = page.build([run_of(evil)], tmp_path).read_text(encoding="utf-8")
     assert "<script>alert" not in text
 
