@@ -166,23 +166,22 @@ PROFILES = {
 
 def in_profile(name: str, techniques: tuple[Technique, ...], model: str, precision: str,
                batch: int) -> bool:  # fmt: skip
-    """Whether the profile takes this cell; ``_first`` of each stack for smoke is taken later."""
+    """Whether the profile takes this cell of its axes (all of them, unless said here)."""
     names = {t.name for t in techniques}
-    compiled = "torch_compile" in names
-    if name == "core":
-        if model == "llama_1b":
-            return batch == 1 and precision == "bf16" and names <= {"eager", "lean_decoder"}
-        if compiled:
-            return batch == 1 or (batch == 8 and precision == "bf16" and len(names) == 1)
-        if len(names) > 1:
-            return batch == (8 if "continuous_batching" in names else 1)
-        if batch == 8 and model == "lm_small":
-            return precision == "bf16" or any(t.min_batch > 1 for t in techniques)
-        if model != "lm_small":
-            return batch == 8 or precision == "fp32"
     if name == "headline":
         return names in [{"eager"}, {"lean_decoder"}] or len(names) > 1
-    return True
+    if name != "core":
+        return True
+    baseline, peer = names <= {"eager", "lean_decoder"}, techniques[-1].is_peer
+    if model == "llama_1b":  # seconds a step: what a lean step is worth beyond the cache
+        return baseline and precision == "bf16" and batch == 1
+    if model != "lm_small":  # one batch through an encoder or a classifier
+        return (precision == "fp32" and batch == 8) or (baseline and batch == 8)
+    if any(t.min_batch > 1 for t in techniques):  # schedulers: a replay of the trace takes seconds
+        return precision == "fp32" and batch == 8
+    if batch == 8:
+        return precision == "bf16" and len(names) == 1 and not peer and "no_kv_cache" not in names
+    return precision == "fp32" or not peer
 
 
 @dataclass
@@ -239,13 +238,20 @@ class Selection:
             if not asked and not in_profile(self.profile, techniques, spec.name, precision, batch):
                 continue
             cell = Cell(techniques, spec.name, precision, batch)
-            if self.profile == "smoke" and not asked:
+            if self.profile == "smoke" and not asked:  # the first of each stack and kind of model
                 key = cell.stack, spec.kind
                 if key in once:
                     continue
                 once.add(key)
             found[cell.id] = cell
         return found
+
+    def sparse(self) -> set[str]:
+        """Ids of the first cell of each stack and model: what a ``sparse`` test takes in core."""
+        first: dict[tuple[str, str], str] = {}
+        for cell_id, cell in self.cells().items():
+            first.setdefault((cell.stack, cell.model), cell_id)
+        return set(first.values())
 
     def impossible(self) -> dict[str, str]:
         """``stack[-model[-precision|-batch]]`` -> why it can exist on no machine."""

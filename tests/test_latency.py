@@ -40,6 +40,7 @@ def test_generation(study, bench):
 
 @pytest.mark.kinds("decoder")
 @pytest.mark.moves("model")
+@pytest.mark.sparse
 def test_prefill(study, bench):
     """One forward over the prompt: the time to the first token, compute-bound."""
     size, cell = study.size, study.cell

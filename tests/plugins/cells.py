@@ -96,11 +96,15 @@ def pytest_generate_tests(metafunc):
         return
     moves = metafunc.definition.get_closest_marker("moves")
     kinds = metafunc.definition.get_closest_marker("kinds")
-    specs = metafunc.config.selection.specs
+    selection = metafunc.config.selection
+    specs = selection.specs
+    few = selection.profile == "core" and metafunc.definition.get_closest_marker("sparse")
+    taken = selection.sparse() if few else metafunc.config.study_cells
     cells = [
         cell
         for cell in metafunc.config.study_cells.values()
         if (moves is None or matrix.moves(cell, moves.args))
+        and cell.id in taken
         and (kinds is None or specs[cell.model].kind in kinds.args)
     ]
     metafunc.parametrize("cell", [_param(cell, metafunc.config) for cell in cells], indirect=True)
