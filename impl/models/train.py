@@ -44,6 +44,22 @@ def new_model(recipe: Recipe) -> nn.Module:
     return model
 
 
+@torch.no_grad()
+def start_from_teacher(run: Run) -> None:
+    """Start a student's embedding as the teacher's, projected on its principal directions."""
+    from impl.models import load
+
+    assert run.recipe.teacher is not None
+    table = load(run.recipe.teacher, torch.float32)[1].get_input_embeddings().weight  # (V, C)
+    width = run.recipe.config["hidden_size"]
+    left, strength, _ = torch.linalg.svd(table - table.mean(0), full_matrices=False)
+    kept = left[:, :width] * strength[:width]
+    for name, weight in run.masters.items():
+        if name.endswith("embed_tokens.weight"):
+            weight.copy_(kept * (table.std() / kept.std()))
+    run.publish()
+
+
 def learning_rate(progress: float, recipe: Recipe) -> float:
     """Share of the peak rate at `progress` in [0, 1]: warm-up, constant, linear decay to zero."""
     return min(progress / recipe.warmup, 1.0, max(1 - progress, 0.0) / recipe.decay)
@@ -154,10 +170,10 @@ class Run:
             optimizer.load_state_dict(saved)
         self.step, self.seconds = state["step"], state["seconds"]
         self.losses = state["losses"]
-        self._publish()
+        self.publish()
 
     @torch.no_grad()
-    def _publish(self) -> None:
+    def publish(self) -> None:
         for name, weight in self.model.named_parameters():
             weight.copy_(self.masters[name])
 
@@ -193,7 +209,7 @@ class Run:
             for optimizer in self.optimizers:
                 optimizer.step()
             torch.set_num_threads(threads)
-            self._publish()
+            self.publish()
             self.step += 1
             self.seconds += time.monotonic() - begin
             self.losses.append(loss.item())
@@ -301,6 +317,8 @@ def train_model(name: str, options: argparse.Namespace) -> None:
     run = Run(name, RECIPES[name], options.device)
     if options.resume:
         run.resume()
+    elif run.recipe.teacher:
+        start_from_teacher(run)
     loss = digits_loss if name == "digits_resnet" else language_loss
     for number in (signal.SIGINT, signal.SIGTERM):  # also where the shell started us with &
         signal.signal(number, signal.default_int_handler)
