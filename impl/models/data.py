@@ -195,8 +195,9 @@ def held_out_ids(n_tokens: int | None = None) -> Tensor:
         raise StudyError(f"{n_tokens} held-out tokens asked for: there are 1 to {len(stream)}.")
     windows = -(-n_tokens // WINDOW)
     size = min(WINDOW, n_tokens)
-    spacing = (len(stream) - size) // max(windows - 1, 1)
-    return torch.cat([stream[i * spacing : i * spacing + size] for i in range(windows)])[:n_tokens]
+    last = len(stream) - size
+    starts = [i * last // max(windows - 1, 1) for i in range(windows)]
+    return torch.cat([stream[start : start + size] for start in starts])[:n_tokens]
 
 
 def prompts(n: int = NUM_PROMPTS, length: int = 128) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from impl.models import data
 
 LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]  # as xz -9e
+SAMPLE = 8192  # held-out tokens that a test can measure again in seconds
 DICTIONARY = 64 << 20  # bytes, that of xz -9e: all training text stays in reach
 
 
@@ -39,10 +40,9 @@ def nats_per_token(model: nn.Module, ids: Tensor, length: int = 2048) -> float:
     return total / (len(ids) - 1)
 
 
-def bits_per_byte(model: nn.Module) -> float:
-    """Bits the model needs per byte of all held-out modules, their end-of-text tokens included."""
-    ids = data.held_out_ids()
-    bits = nats_per_token(model, ids) * (len(ids) - 1) / math.log(2)
+def bits_per_byte(nats: float) -> float:
+    """Bits per byte of all held-out modules, their end-of-text tokens included, from nats/token."""
+    bits = nats * (len(data.held_out_ids()) - 1) / math.log(2)
     return bits / data.stdlib_text().held_out.num_bytes
 
 
@@ -64,9 +64,11 @@ def primed_xz_bits_per_byte() -> float:
     return 8 * (large - small) / len(held_out)
 
 
-def agreement(model: nn.Module, other: nn.Module, length: int = 2048) -> float:
+def agreement(
+    model: nn.Module, other: nn.Module, n_tokens: int | None = None, length: int = 2048
+) -> float:
     """Share of held-out positions where both models' greedy tokens are the same."""
-    ids = data.held_out_ids()
+    ids = data.held_out_ids(n_tokens)
     pairs = zip(windows(model, ids, length), windows(other, ids, length), strict=True)
     same = sum((a.argmax(-1) == b.argmax(-1)).sum().item() for (a, _), (b, _) in pairs)
     return same / (len(ids) - 1)
@@ -122,8 +124,9 @@ def measure(name: str, model: nn.Module) -> dict[str, float]:
         return {"accuracy": share, "accuracy_standard_error": error}
     nats = nats_per_token(model, data.held_out_ids())
     figures = {
-        "held_out_bits_per_byte": bits_per_byte(model),
+        "held_out_bits_per_byte": bits_per_byte(nats),
         "held_out_perplexity": math.exp(nats),
+        "sample_nats_per_token": nats_per_token(model, data.held_out_ids(SAMPLE)),
         "completion_accuracy": completion_accuracy(model),
         "flops_per_token": flops_per_token(model.config.to_dict()),
     }
@@ -132,6 +135,7 @@ def measure(name: str, model: nn.Module) -> dict[str, float]:
 
         spec, target = load("lm_small", torch.float32)
         figures["agreement_with_lm_small"] = agreement(model, target)
+        figures["sample_agreement"] = agreement(model, target, SAMPLE)
         figures["flops_share_of_lm_small"] = figures["flops_per_token"] / flops_per_token(
             spec.config
         )

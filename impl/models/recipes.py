@@ -54,9 +54,12 @@ RECIPES = {
     "lm_small": Recipe(
         architecture="LlamaForCausalLM",
         config=_llama(hidden=384, layers=6, heads=6, kv_heads=2, ffn=1024),
-        steps=1600,
-        tokens_per_step=6144,
-        phases=((0.6, 256), (0.25, 512), (0.15, 2048)),
+        steps=1950,
+        tokens_per_step=4096,
+        phases=((0.65, 256), (0.15, 512), (0.2, 2048)),
+        matrix_lr=2.5e-3,
+        other_lr=2.5e-3,
+        decay=0.35,
     ),
     "lm_draft": Recipe(
         architecture="LlamaForCausalLM",

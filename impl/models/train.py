@@ -127,6 +127,7 @@ class Run:
         self.rates = [group["lr"] for o in self.optimizers for group in o.param_groups]
         self.step, self.seconds, self.losses = 0, 0.0, []
         self.minutes: float | None = None
+        self.stopped = False
 
     def save(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -177,6 +178,12 @@ class Run:
         for name, weight in self.model.named_parameters():
             weight.copy_(self.masters[name])
 
+    def stop(self, *_: object) -> None:
+        """End after the step under way; at once when asked again."""
+        if self.stopped:
+            raise KeyboardInterrupt
+        self.stopped = True
+
     def progress(self) -> float:
         """Share of the run done: by steps, or by time where that is further."""
         by_time = self.seconds / (60 * self.minutes) if self.minutes else 0.0
@@ -192,7 +199,7 @@ class Run:
         self.minutes = minutes
         self.model.train()
         saved = time.monotonic()
-        while (progress := self.progress()) < 1.0 and self.step != until:
+        while (progress := self.progress()) < 1.0 and self.step != until and not self.stopped:
             begin = time.monotonic()
             loss = loss_of(self.model, progress, self.step)
             loss.backward()
@@ -320,12 +327,12 @@ def train_model(name: str, options: argparse.Namespace) -> None:
     elif run.recipe.teacher:
         start_from_teacher(run)
     loss = digits_loss if name == "digits_resnet" else language_loss
-    for number in (signal.SIGINT, signal.SIGTERM):  # also where the shell started us with &
-        signal.signal(number, signal.default_int_handler)
-    try:
-        run.train(loss(run.recipe, options.device), options.minutes, options.until)
-    finally:
-        run.save()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, run.stop)
+    run.train(loss(run.recipe, options.device), options.minutes, options.until)
+    run.save()
+    if run.stopped:
+        raise KeyboardInterrupt
     figures = export(run, Path(options.out))
     print(f"wrote {name} to {options.out}: {json.dumps(figures)}")
 
