@@ -36,7 +36,7 @@ def shared():
 
 
 class BrokenPool(Pool):
-    """Builds the stack under test from a broken technique, and everything else from the real one."""
+    """Builds the stack under test from a broken technique, all else from the real ones."""
 
     def __init__(self, healthy: Pool, broken):
         super().__init__(healthy.specs, healthy.device)

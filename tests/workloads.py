@@ -94,7 +94,7 @@ def weights_read(engine: Engine) -> int:
 
 
 def generation_work(engine: Engine, cell: Cell, size: Size, steps: float | None = None) -> Work:
-    """One generation: ``steps`` passes over the weights (one a token unless speculation saves some).
+    """One generation: ``steps`` passes over the weights, one a token unless speculation saves some.
 
     bytes = passes x weights + KV read per step; flops = 2 x matmul parameters x tokens, and the
     attention of each token over its context.  The prompt is one pass.

@@ -164,7 +164,7 @@ def shipped_files(name: str) -> tuple[Path, list[Path]]:
     )
     if not recipe.is_file() or not found:
         raise StudyError(
-            f"the weights of {name} are not in {WEIGHTS}; make them with "
+            f"the weights of {name} are not in impl/models/{WEIGHTS.name}; make them with "
             f"python -m impl.models.train {name}, or check out the repository again"
         )
     return recipe, found

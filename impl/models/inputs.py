@@ -62,7 +62,7 @@ def prompts(spec: ModelSpec, batch: int, length: int, index: int) -> Tensor:
 
 
 def sentences(spec: ModelSpec, batch: int, index: int) -> dict[str, Tensor]:
-    """``input_ids`` and ``attention_mask`` (batch, 128) int64 of pydoc topics, cut to one length."""
+    """``input_ids`` and ``attention_mask`` (batch, 128) int64 of pydoc topics."""
     texts = list(data.topics().values())
     chosen = [texts[(index * batch + i) % len(texts)] for i in range(batch)]
     if spec.random_weights:

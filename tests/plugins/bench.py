@@ -106,8 +106,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     named = set(config.args)
     study.budget.plan(
         budgets.Plan(item.nodeid, cell["model"], tuple(cell["techniques"]),
-                     by_name=any(item.nodeid == arg or arg.endswith(f"/{item.nodeid}")
-                                 for arg in named))
+                     by_name=bool(config.getoption("techniques", ""))
+                     or any(item.nodeid == arg or arg.endswith(f"/{item.nodeid}")
+                            for arg in named))
         for item in cells
         if (cell := study.cells[item.nodeid]) and not item.get_closest_marker("skip")
     )  # fmt: skip

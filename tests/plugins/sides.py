@@ -1,4 +1,4 @@
-"""Who a cell is measured against, in the same rounds: the baseline, the stack without it, a peer."""
+"""Who a cell is measured against in the same rounds: baseline, the stack without it, a peer."""
 
 from __future__ import annotations
 
@@ -89,7 +89,11 @@ class Study:
             ).engine
         if o.peer:
             engines["peer"] = self.pool.get(o.peer.techniques, o.peer).engine
-        return {side: call(engine) for side, engine in engines.items()}
+        calls = {side: call(engine) for side, engine in engines.items()}
+        if o.without_precision:  # inputs come in the cell's precision
+            run, precision = calls["without"], o.without_precision
+            calls["without"] = lambda x: run(workloads.to(x, self.device, precision))
+        return calls
 
     @property
     def baseline(self) -> Engine:
