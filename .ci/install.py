@@ -23,7 +23,7 @@ def refuse(why: str) -> None:
 def check_machine() -> None:
     if sys.platform != "linux" or platform.machine() not in ("x86_64", "AMD64"):
         refuse(f"needs Linux on x86-64; this is {sys.platform} on {platform.machine()}")
-    if sys.version_info < (3, 11):  # noqa: UP036: this runs under whatever python3 is
+    if sys.version_info < (3, 11):  # noqa: UP036 - whatever python3 is
         refuse(f"needs Python 3.11 or newer; this is {platform.python_version()} (set PYTHON=...)")
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         refuse("needs Python's headers (Debian and Ubuntu: apt install python3-dev)")
