@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # importing torch takes two seconds; listing techniques must 
 PHASES = ("load", "train", "compress", "replace", "place", "compile", "decode", "schedule",
           "capture")  # fmt: skip
 NEEDS = frozenset({"generate", "linear", "conv", "attention", "experts", "classify", "embed",
-                   "lean", "unaligned"})  # fmt: skip
+                   "lean", "unaligned", "draft"})  # fmt: skip
 SLOTS = frozenset({"host", "weights", "activations", "cache", "decode", "scheduler", "compiler"})
 
 

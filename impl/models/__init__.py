@@ -36,7 +36,8 @@ class ModelSpec:
     kind            ``decoder``, ``encoder`` or ``classifier``
     needs           what techniques may ask of it: ``generate``, ``lean`` (the lean decoder runs
                     it), ``linear``, ``conv``, ``attention``, ``experts``, ``classify``, ``embed``,
-                    ``unaligned`` (sizes that are no multiple of 64)
+                    ``unaligned`` (sizes that are no multiple of 64), ``draft`` (lm_draft speaks
+                    its tokens)
     metrics         the quality figures measured, the headline first; none for random weights
     random_weights  seeded random weights at real shapes: speed and memory only
     auxiliary       serves other models (a draft); no cells of its own
@@ -112,12 +113,12 @@ SHAPES: dict[str, dict[str, Any]] = {
 SPECS: dict[str, ModelSpec] = {
     spec.name: spec
     for spec in (
-        ModelSpec("lm_small", "decoder", _DECODER, "Llama type, 10.9 M parameters, trained here on "
-                  "the standard library's source", _LANGUAGE),
+        ModelSpec("lm_small", "decoder", _DECODER | {"draft"}, "Llama type, 10.9 M parameters, "
+                  "trained here on the standard library's source", _LANGUAGE),
         ModelSpec("lm_draft", "decoder", _DECODER, "Llama type, 0.98 M parameters, lm_small's "
                   "draft: same tokenizer, a tenth of the cost", _LANGUAGE, auxiliary=True),
-        ModelSpec("lm_outliers", "decoder", _DECODER, "lm_small with a few channels scaled up and "
-                  "down again: the same function, outliers as in large models", _LANGUAGE,
+        ModelSpec("lm_outliers", "decoder", _DECODER | {"draft"}, "lm_small with a few channels "
+                  "scaled up and down again: the same function, outliers as in large models", _LANGUAGE,
                   source="rescaled"),
         ModelSpec("digits_resnet", "classifier", _CONV_NET,
                   "transformers' ResNet trained here on scikit-learn's digits", ("accuracy",)),
