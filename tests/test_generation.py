@@ -8,12 +8,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from impl.core import Engine, NotEngaged, Sampling, build, stack
 from impl.kv_cache import preallocated
-from impl.models.decoder import from_transformers
 from impl.speculative import DraftModel, NgramIndex, PromptLookup, Proposal, speculate
 from tests.tiny import SPEC
 
-PROMPT_LENGTHS = (1, 2, 5, 33)  # shorter than an n-gram, as long, and well over
-NEW_TOKENS = (1, 2, 3, 40)  # no room for a guess, for one, less than k, many steps
+# (prompt, new tokens): shorter than an n-gram, as long, well over; no room for a guess, room for
+# one, less than k, many steps
+LENGTHS = ((1, 24), (2, 3), (33, 24), (5, 1), (5, 2), (5, 3))
 
 
 def tiny(seed, vocab=32, layers=2, hidden=32, scale=3.0):
@@ -72,15 +72,14 @@ def draft():
     return engine_of(tiny(1, layers=1), "static_kv_cache")
 
 
-@pytest.mark.parametrize("new", NEW_TOKENS)
-@pytest.mark.parametrize("length", PROMPT_LENGTHS)
+@pytest.mark.parametrize(("length", "new"), LENGTHS)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_greedy_speculation_emits_the_tokens_of_the_plain_loop(target, draft, batch, length, new):
     ids = prompts(batch, length)
     plain = engine_of(tiny(0)).generate(ids, new)
     assert plain.shape == (batch, length + new)
     assert torch.equal(plain, target.generate(ids, new)), "static cache"
-    for k in (1, 2, 5):
+    for k in (1, 5):
         for drafter in (PromptLookup(k), drafted_by(target, draft, k)):
             assert torch.equal(plain, speculate(target, drafter, ids, new)), drafter
 
@@ -197,7 +196,7 @@ def test_text_that_never_repeats_is_generated_in_plain_steps(target):
 @pytest.mark.parametrize("batch", [1, 3])
 def test_sampled_prompt_lookup_emits_the_tokens_of_the_plain_loop(target, batch):
     ids = prompts(1, 6).repeat(batch, 4)
-    for seed in range(5):
+    for seed in range(3):
         sampling = Sampling(1.3, 0.95, seed)
         plain = target.generate(ids, 30, sampling)
         assert torch.equal(plain, speculate(target, PromptLookup(4), ids, 30, sampling))
@@ -210,23 +209,27 @@ def chi_square(counts, probabilities):
     counts = np.append(counts[~small], counts[small].sum())
     expected = np.append(expected[~small], expected[small].sum())
     keep = expected > 0
-    return chisquare(counts[keep], expected[keep] * counts[keep].sum() / expected[keep].sum()).pvalue
+    return chisquare(
+        counts[keep], expected[keep] * counts[keep].sum() / expected[keep].sum()
+    ).pvalue
 
 
 @pytest.mark.parametrize("drafter", ["prompt_lookup", "draft", "same"])
 @pytest.mark.parametrize("sampling", [Sampling(1.0, 1.0), Sampling(0.8, 0.9)], ids=["all", "top_p"])
 def test_speculation_samples_from_the_target(target_of_six, draft_of_six, drafter, sampling):
-    """Pairs of tokens over 6,000 draws follow the target's exact distribution (chi-square)."""
+    """Pairs of tokens over 4,000 draws follow the target's exact distribution (chi-square)."""
     from impl.models.generation import distribution
 
-    V, N = 6, 6000
+    V, N = 6, 4000
     ids = torch.tensor([[1, 2, 3, 1, 2]]).repeat(N, 1)
     source = {
         "prompt_lookup": PromptLookup(2),
         "draft": drafted_by(target_of_six, draft_of_six, 2),
         "same": drafted_by(target_of_six, target_of_six, 2),
     }[drafter]
-    out = speculate(target_of_six, source, ids, 4, Sampling(sampling.temperature, sampling.top_p, 7))
+    out = speculate(
+        target_of_six, source, ids, 4, Sampling(sampling.temperature, sampling.top_p, 7)
+    )
     # exact distribution of the second to fourth new tokens, by enumeration of all V^4 answers
     answers = torch.cartesian_prod(*[torch.arange(V)] * 4)
     logits = target_of_six.model(torch.cat((ids[: len(answers)], answers), 1))[:, 4:8]
