@@ -253,9 +253,9 @@ def torch_compile(engine: Engine) -> Engine:
     """
     import torch._dynamo.utils
 
-    torch._dynamo.reset()
+    # no torch._dynamo.reset(): it would drop the code of other engines that are measured beside
+    # this one; code belongs to the function of its shape and goes with it
     torch._dynamo.utils.counters.clear()
-    engine.undo.callback(torch._dynamo.reset)
     if "lean" in engine.spec.needs and engine.new_cache is not None:
         if engine.new_cache(1, 1).lockstep:
             engine.new_cache = preallocated(engine)
