@@ -64,6 +64,15 @@ def bottlenecks(run: Run) -> str:
             + table(["operation", "calls", "own time", "share"], rows, (1, 2, 3))
             + f"{note}</details>"
         )
+    for r in run.records:
+        if stages := r.info.get("pipeline"):
+            rows = [[markup.text(name), markup.milliseconds(s["ms"]), markup.percent(s["share"])]
+                    for name, s in stages.items()]  # fmt: skip
+            body += (
+                f"<details open><summary>{markup.text(r.cell)}: text to text</summary>"
+                + table(["stage", "time", "share"], rows, (1, 2))
+                + "</details>"
+            )
     lead = "From calls of their own with the profiler on, which are slower than the timed ones."
     return section("bottlenecks", "Where the time goes", lead, body) if body else ""
 

@@ -1,8 +1,13 @@
 """How long does one answer take?"""
 
-import pytest
+import functools
 
+import pytest
+import torch
+
+from impl.models import inputs
 from tests import workloads
+from tests.plugins.trace import pipeline_breakdown
 
 
 @pytest.mark.kinds("decoder")
@@ -70,4 +75,48 @@ def test_forward(study, bench):
         requests_per_call=study.cell.batch,
         **vars(work),
         **study.facts("forward"),
+    )
+
+
+@pytest.mark.kinds("decoder")
+@pytest.mark.moves("text")
+@pytest.mark.sparse
+def test_text_to_text(study, bench):
+    """Text in, text out: what share tokenizing, moving, computing and writing text take."""
+    if study.spec.random_weights:
+        pytest.skip("random weights write no text")
+    n, tokenizer = study.size.new_tokens, inputs.text_tokenizer(study.spec)
+
+    def stages(engine):
+        return {
+            "tokenize": lambda box: torch.tensor([tokenizer.encode(box[0])]),
+            "transfer": lambda ids: ids.to(engine.device),
+            "execute": lambda ids: engine.generate(ids, n).cpu(),
+            "decode text": lambda ids: tokenizer.decode(ids[0].tolist()),
+        }
+
+    def pipeline(engine):
+        return lambda box: functools.reduce(lambda x, stage: stage(x), stages(engine).values(), box)
+
+    def agree(text, box):
+        ids = torch.tensor([tokenizer.encode(box[0])])
+        answer = torch.tensor([tokenizer.encode(text)])
+        if answer.shape[1] == ids.shape[1] + n:  # text that tokenizes back to what was emitted
+            study.agree(answer.to(study.device), ids.to(study.device))
+        assert text == pipeline(study.baseline)(box), "the text differs from the baseline's"
+
+    def swap(box):
+        before = list(box)
+        box[:] = texts[-1]
+        return lambda: box.__setitem__(slice(None), before)
+
+    texts = [[tokenizer.decode(ids[0].tolist())] for ids in study.inputs()]
+    bench(
+        sides=study.sides(pipeline),
+        inputs=texts,
+        agree=agree,
+        change=swap,
+        context={"prompt_tokens": study.size.prompt_tokens, "new_tokens": n},
+        extra=lambda: {"pipeline": pipeline_breakdown(stages(study.engine), texts[0])},
+        **study.facts(f"text to text, {n} new tokens"),
     )

@@ -31,6 +31,23 @@ def _tokenizer(path: str):
         ) from error
 
 
+class TextTokenizer:
+    """``encode(text) -> list[int]`` and ``decode(ids) -> text``, whichever library does it."""
+
+    def __init__(self, spec: ModelSpec):
+        if spec.source == "checkpoint":
+            made = _tokenizer(spec.path)
+            self.encode, self.decode = made.encode, made.decode
+        else:
+            made = data.tokenizer()
+            self.encode, self.decode = lambda text: made.encode(text).ids, made.decode
+
+
+def text_tokenizer(spec: ModelSpec) -> TextTokenizer:
+    """The tokenizer that goes with a decoder."""
+    return TextTokenizer(spec)
+
+
 @functools.cache
 def text_ids(spec: ModelSpec) -> Tensor:
     """Ids (n,) int64 of the text that a decoder is measured on.
