@@ -43,7 +43,16 @@ ISA_LEVELS = {
     "plain": (set(), ["-march=x86-64-v2"]),
 }  # fmt: skip
 # no -ffast-math: g++ before 13 then flushes denormals in the whole process
-FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC", "-fno-math-errno", "-Wall"]
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fopenmp",
+    "-shared",
+    "-fPIC",
+    "-fno-math-errno",
+    "-Wall",
+    "-Wno-maybe-uninitialized",
+]  # of GCC's own AVX-512 header
 
 
 def cache_folder() -> Path:
@@ -157,15 +166,15 @@ def _library(name: str, level: str) -> ctypes.CDLL:
 
 
 @functools.cache
-def _function(name: str, symbol: str, argtypes: tuple, level: str):
+def _function(name: str, symbol: str, argtypes: tuple, level: str, result=None):
     function = getattr(_library(name, level), symbol)
-    function.argtypes, function.restype = argtypes, None
+    function.argtypes, function.restype = argtypes, result
     return function
 
 
-def cpu_function(name: str, symbol: str, argtypes: tuple):
+def cpu_function(name: str, symbol: str, argtypes: tuple, result=None):
     """The C function ``symbol`` of ``kernels/<name>/cpu.cpp``, built for ``current_isa()``."""
-    return _function(name, symbol, argtypes, _isa or current_isa())
+    return _function(name, symbol, argtypes, _isa or current_isa(), result)
 
 
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -214,8 +223,8 @@ def cubin(name: str, arch: str) -> tuple[Path, str]:
     from cuda.core import Program, ProgramOptions
 
     source = HERE / name / "cuda.cu"
-    options = dict(arch=arch, std="c++17", include_path=[str(cuda_include()), str(COMMON)],
-                   ptxas_options=["-v"])  # fmt: skip
+    options = {"arch": arch, "std": "c++17", "ptxas_options": ["-v"],
+               "include_path": [str(cuda_include()), str(COMMON)]}  # fmt: skip
     version = nvrtc.nvrtcVersion()
     path = _cached(f"{name}-{arch}", ".cubin", source.read_bytes(), _headers(), repr(options),
                    repr(version))  # fmt: skip

@@ -75,7 +75,7 @@ def host_shim(monkeypatch, recorded: list | None = None):
     def launch(kernel, grid, block, *args, shared=0):
         name, symbol = kernel
         grid = tuple(grid) if isinstance(grid, tuple) else (grid,)
-        dims = (*grid, 1, 1)[:3] + (block, 1, 1)
+        dims = (*(*grid, 1, 1)[:3], block, 1, 1)
         tensors = [a for a in args if isinstance(a, torch.Tensor)]
         before = [_bytes(t) for t in tensors]
         run_on_host(ctypes.CDLL(str(build_shim(name))), symbol, dims, shared, build.typed(args))
@@ -108,7 +108,8 @@ def run_on_host(library, symbol, dims, shared, args) -> None:
 
 REPLAY = """
 import ctypes, pickle, sys
-library, launches, short = ctypes.CDLL(sys.argv[1]), pickle.load(open(sys.argv[2], "rb")), sys.argv[3]
+library, short = ctypes.CDLL(sys.argv[1]), sys.argv[3]
+launches = pickle.load(open(sys.argv[2], "rb"))
 for symbol, dims, shared, scalars, before, after in launches:
     buffers, values, at = [], [], 0
     for scalar in scalars:

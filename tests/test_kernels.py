@@ -305,7 +305,8 @@ def test_triton_is_right_under_its_interpreter():
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     chosen = "triton and not bf16 and not compiles and not interpreter"
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p",
-                           "no:xdist", "-W", "ignore::RuntimeWarning", "-k", chosen, "tests/test_kernels.py"],
+                           "no:xdist", "-W", "ignore::RuntimeWarning", "-k", chosen,
+                           "tests/test_kernels.py"],
                           env=env, cwd=ROOT, capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]
     passed = int(re.search(r"(\d+) passed", done.stdout)[1])

@@ -70,7 +70,8 @@ def _allocating(into):
     return implementation
 
 
-_OP = Op("add_rms_norm", "(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
+_OP = Op("add_rms_norm",
+         "(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
          check=_check, fake=_fake, reference=reference.add_rms_norm, cpu=_allocating(into_cpu),
          cuda=_allocating(into_cuda))  # fmt: skip
 

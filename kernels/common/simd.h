@@ -1,11 +1,13 @@
 // Vectors of float in the widest form that the compiler's -march gives: 16 lanes with AVX-512, 8
 // with AVX2, 4 otherwise.  Only GCC's vector extension and a few conversions: one source for all.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <omp.h>
+#include <type_traits>
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif

@@ -20,7 +20,8 @@ def _check(x, weight, eps):
     expect(x.dtype in SUFFIX, f"rms_norm takes float32, bfloat16 or float16, not {x.dtype}; "
            "convert x")  # fmt: skip
     expect(x.dim() >= 1 and weight.shape == x.shape[-1:], f"rms_norm of x {tuple(x.shape)} needs a "
-           f"weight of shape ({x.shape[-1] if x.dim() else 1},), not {tuple(weight.shape)}")  # fmt: skip
+           f"weight of shape ({x.shape[-1] if x.dim() else 1},), not "
+           f"{tuple(weight.shape)}")  # fmt: skip
     expect(weight.dtype == x.dtype and weight.device == x.device, f"rms_norm needs weight and x "
            f"alike, not {weight.dtype} on {weight.device} and {x.dtype} on {x.device}")  # fmt: skip
     expect(weight.is_contiguous(), "rms_norm needs a contiguous weight; call .contiguous() on it")
@@ -64,7 +65,8 @@ def _allocating(into):
 
 
 _OP = Op("rms_norm", "(Tensor x, Tensor weight, float eps) -> Tensor", check=_check, fake=_fake,
-         reference=reference.rms_norm, cpu=_allocating(into_cpu), cuda=_allocating(into_cuda))  # fmt: skip
+         reference=reference.rms_norm, cpu=_allocating(into_cpu),
+         cuda=_allocating(into_cuda))  # fmt: skip
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, *,

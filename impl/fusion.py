@@ -1,0 +1,87 @@
+"""Operations joined into one, so that intermediate results never leave the processor's caches."""
+
+from __future__ import annotations
+
+from .core import GREEDY, Engine, NotEngaged, technique
+from .fidelity import same_tokens
+
+MOST_TOKENS = 16  # of a row in one call of the fused step; longer ones are prompts
+
+
+def _one_operator_per_step(engine: Engine, run) -> str:
+    """Counts torch's operators in a step of the model, and the steps of ``run`` that were fused."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.products = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.products += func._overloadpacket.__name__ in ("mm", "addmm", "bmm", "linear")
+            return func(*args, **(kwargs or {}))
+
+    if "fused_steps" not in engine.stats:
+        raise NotEngaged("no fused step is installed on this engine")
+    cache = engine.new_cache(engine.batch, 16)
+    ids = torch.full((engine.batch, 1), 5)
+    with torch.inference_mode(), Count() as count:
+        engine.model(ids, 0, cache)
+    if count.products:
+        raise NotEngaged(f"a step dispatches {count.products} matrix products one by one")
+    before = engine.stats["fused_steps"]
+    run()
+    steps = engine.stats["fused_steps"] - before
+    if not steps:
+        raise NotEngaged("the canonical call ran no fused step")
+    return f"a step dispatches no matrix product; {steps} fused steps in one call"
+
+
+@technique(phase="replace", replaces="compiler", needs={"generate", "lean"},
+           requires={"compiler"}, precisions=("fp32", "bf16"), fidelity=same_tokens,
+           effect=_one_operator_per_step)  # fmt: skip
+def decode_step(engine: Engine) -> Engine:
+    """time(step) = bytes of weights and cache / bandwidth: the whole step is one C++ call.
+
+    Steps of up to 16 tokens a row (a token, or a draft to verify) run in one parallel region, over
+    the model's own weights in fp32, bf16 or int8; prompts go through the model as before.  Greedy
+    generation stays in a loop of such calls.  A verified draft has the bits of single steps.
+    Helps: small models and small batches, where dispatching hundreds of operators takes longer
+    than they do.  Does not where the arithmetic dominates: prompts and large batches.
+    Source: Spector et al. 2025, https://hazyresearch.stanford.edu/blog/2025-05-27-no-bubbles
+    """
+    import torch
+
+    from kernels.decode_step import DecodeStep
+
+    from .models.generation import generate as generate_stepwise
+
+    model, prompt = engine.model, engine.model.forward
+    step = DecodeStep(model)
+    engine.stats["fused_steps"] = 0
+
+    def forward(ids, positions=None, cache=None, last_only=False):
+        positions = 0 if positions is None else positions
+        if cache is None or ids.shape[1] > MOST_TOKENS:
+            return prompt(ids, positions, cache, last_only)
+        engine.stats["fused_steps"] += 1
+        return step(ids, positions, cache, last_only).to(engine.dtype)
+
+    @torch.inference_mode()
+    def generate(ids, max_new_tokens, sampling=GREEDY, on_token=None):
+        if sampling.temperature or max_new_tokens < 2:
+            return generate_stepwise(
+                engine.model, engine.new_cache, ids, max_new_tokens, sampling, on_token
+            )
+        T = ids.shape[1]
+        lent = engine.new_cache(len(ids), T + max_new_tokens)
+        start = generate_stepwise(engine.model, lambda *_: lent, ids, 1, sampling, on_token)
+        rest = step.generate(start[:, -1:], T, max_new_tokens - 1, lent, on_token)
+        engine.stats["fused_steps"] += max_new_tokens - 1
+        return torch.cat((start, rest), 1)
+
+    model.forward = forward
+    engine.undo.callback(lambda: model.__dict__.pop("forward", None))
+    engine.generate = generate
+    return engine

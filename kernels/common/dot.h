@@ -1,0 +1,205 @@
+// Dot products of rows: y[m][n] = sum_k x[m][k] w[n][k], both row-major, weights in any format that
+// a `load` widens.  Every result is summed in the same order whatever the tile it falls in (one chain
+// of vectors, then the lanes), so that a row of a batch has the bits of a batch of one.
+#pragma once
+#include "rows.h"
+
+inline f32v load(const int8_t* p) {
+#if defined(__AVX512F__)
+    return (f32v)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_as<__m128i>(p)));
+#elif defined(__AVX2__)
+    return (f32v)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+    f32v v;
+    for (int i = 0; i < LANES; ++i) v[i] = p[i];
+    return v;
+#endif
+}
+inline float to_float(int8_t x) { return x; }
+
+inline float lanes_sum(f32v v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)v);
+#else
+    return sum(v);
+#endif
+}
+
+// How one vector of activations meets one of weights.
+struct Fma {  // fp32 activations
+    using X = float;
+    using Vector = f32v;
+    using Sum = f32v;
+    static constexpr int STEP = LANES;
+    template <class W> static Vector widen(const W* p) { return load(p); }
+    static f32v mac(f32v acc, Vector x, Vector w) { return acc + x * w; }
+};
+#if defined(__AVX512BF16__)
+struct DotBf16 {  // bf16 activations: products of pairs, exact, added in fp32
+    using X = bf16;
+    using Vector = __m512bh;
+    using Sum = f32v;
+    static constexpr int STEP = 32;
+    static Vector widen(const bf16* p) { return load_as<Vector>(p); }
+    static Vector widen(const int8_t* p) {  // every int8 is a bf16
+        return _mm512_cvtne2ps_pbh((__m512)load(p + 16), (__m512)load(p));
+    }
+    static f32v mac(f32v acc, Vector x, Vector w) {
+        return (f32v)_mm512_dpbf16_ps((__m512)acc, x, w);
+    }
+};
+#endif
+#if defined(__AVX512VNNI__)
+struct DotInt8 {  // int8 activations, kept as x + 128: exact int32 sums of products of four
+    using X = uint8_t;
+    using Vector = __m512i;
+    using Sum = i32v;
+    static constexpr int STEP = 64;
+    static Vector widen(const uint8_t* p) { return load_as<Vector>(p); }
+    static Vector widen(const int8_t* p) { return load_as<Vector>(p); }
+    static i32v mac(i32v acc, Vector x, Vector w) {
+        return (i32v)_mm512_dpbusd_epi32((__m512i)acc, x, w);
+    }
+};
+inline int32_t lanes_sum(i32v v) { return _mm512_reduce_add_epi32((__m512i)v); }
+#endif
+
+template <class D, class W> inline typename D::Vector widen_tail(const W* p, int64_t n) {
+    W padded[D::STEP] = {};
+    std::memcpy(padded, p, n * sizeof(W));
+    return D::widen(padded);
+}
+
+template <class D> using Out = std::remove_reference_t<decltype(typename D::Sum()[0])>;
+
+// acc[r][m] = x row m . w row r, for M rows of x and R rows of w.
+template <class D, class W, int M, int R, bool PREFETCH>
+inline void dot_tile(const typename D::X* x, int64_t x_stride, const W* w, int64_t w_stride,
+                     int64_t K, Out<D> out[R][M]) {
+    constexpr int LINE = 64 / sizeof(W) > D::STEP ? 64 / sizeof(W) : D::STEP;  // of the cache
+    typename D::Sum acc[R][M] = {};
+    int64_t k = 0;
+    const auto step = [&](int64_t at) {
+        typename D::Vector row[M];
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) row[m] = D::widen(x + m * x_stride + at);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            const auto weights = D::widen(w + r * w_stride + at);
+#pragma GCC unroll 8
+            for (int m = 0; m < M; ++m) acc[r][m] = D::mac(acc[r][m], row[m], weights);
+        }
+    };
+    for (; k + LINE <= K; k += LINE) {
+        if (PREFETCH)  // the same place in the next rows: the hardware stops at each row's end
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) __builtin_prefetch(w + (r + R) * w_stride + k);
+#pragma GCC unroll 8
+        for (int at = 0; at < LINE; at += D::STEP) step(k + at);
+    }
+    for (; k + D::STEP <= K; k += D::STEP) step(k);
+    if (k < K)
+        for (int r = 0; r < R; ++r) {
+            const auto weights = widen_tail<D>(w + r * w_stride + k, K - k);
+            for (int m = 0; m < M; ++m)
+                acc[r][m] = D::mac(acc[r][m], widen_tail<D>(x + m * x_stride + k, K - k), weights);
+        }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) out[r][m] = lanes_sum(acc[r][m]);
+}
+
+constexpr int TILE_ROWS = 4;   // rows of weights side by side
+constexpr int BLOCK_ROWS = 16;  // rows of weights widened at once for a large batch
+constexpr int WIDEN_ONCE = 5;  // rows of x from which that pays
+
+// done(n, m, dot) for rows n0 <= n < n1 of w and M <= 4 rows of x.
+template <class D, class W, int M, class Done>
+inline void dot_rows(const typename D::X* x, int64_t x_stride, const W* w, int64_t w_stride,
+                     int64_t n0, int64_t n1, int64_t K, bool prefetch, Done done) {
+    int64_t n = n0;
+    for (; n + TILE_ROWS <= n1; n += TILE_ROWS) {
+        Out<D> out[TILE_ROWS][M];
+        const W* rows = w + n * w_stride;
+        if (prefetch && n + 2 * TILE_ROWS <= n1)
+            dot_tile<D, W, M, TILE_ROWS, true>(x, x_stride, rows, w_stride, K, out);
+        else
+            dot_tile<D, W, M, TILE_ROWS, false>(x, x_stride, rows, w_stride, K, out);
+        for (int r = 0; r < TILE_ROWS; ++r)
+            for (int m = 0; m < M; ++m) done(n + r, m, out[r][m]);
+    }
+    for (; n < n1; ++n) {
+        Out<D> out[1][M];
+        dot_tile<D, W, M, 1, false>(x, x_stride, w + n * w_stride, w_stride, K, out);
+        for (int m = 0; m < M; ++m) done(n, m, out[0][m]);
+    }
+}
+
+// The same for any number of rows of x, in tiles of 4 (2 where registers are few).
+template <class D, class W, class Done>
+inline void dot_all(const typename D::X* x, int64_t x_stride, int64_t M, const W* w,
+                    int64_t w_stride, int64_t n0, int64_t n1, int64_t K, bool prefetch, Done done) {
+    constexpr int BEST = LANES == 16 ? 4 : 2;
+    int64_t m = 0;
+    const auto run = [&](auto tile) {
+        dot_rows<D, W, decltype(tile)::value>(
+            x + m * x_stride, x_stride, w, w_stride, n0, n1, K, prefetch,
+            [&](int64_t n, int64_t t, Out<D> v) { done(n, m + t, v); });
+        m += decltype(tile)::value;
+    };
+    while (m + BEST <= M) run(std::integral_constant<int, BEST>());
+    if (BEST > 2 && m + 2 <= M) run(std::integral_constant<int, 2>());
+    if (m < M) run(std::integral_constant<int, 1>());
+}
+
+// done(n, m, x row m . w row n) for rows n0 <= n < n1 of w: weights are read once, in order.
+// `scratch` holds BLOCK_ROWS * K of D::X when M >= WIDEN_ONCE.
+template <class D, class W, class Done>
+inline void matmul_rows(const typename D::X* x, int64_t x_stride, int64_t M, const W* w,
+                        int64_t w_stride, int64_t n0, int64_t n1, int64_t K,
+                        typename D::X* scratch, Done done) {
+    using X = typename D::X;
+    if (M < WIDEN_ONCE) {
+        // more than one tile would read the weights again: from the cache, in blocks
+        const int64_t block = M <= 2 || (M <= 4 && LANES == 16) ? n1 - n0 : BLOCK_ROWS;
+        for (int64_t n = n0; n < n1; n += block)
+            dot_all<D, W>(x, x_stride, M, w, w_stride, n, n + block < n1 ? n + block : n1, K, true,
+                          done);
+        return;
+    }
+    for (int64_t n = n0; n < n1; n += BLOCK_ROWS) {
+        const int64_t rows = n + BLOCK_ROWS < n1 ? BLOCK_ROWS : n1 - n;
+        if constexpr (sizeof(X) == sizeof(W)) {  // as they are
+            dot_all<D, W>(x, x_stride, M, w + n * w_stride, w_stride, 0, rows, K, false,
+                          [&](int64_t r, int64_t m, Out<D> v) { done(n + r, m, v); });
+        } else {
+            for (int64_t r = 0; r < rows; ++r) {
+                const W* from = w + (n + r) * w_stride;
+                int64_t k = 0;
+                for (; k + D::STEP <= K; k += D::STEP) {
+                    const auto v = D::widen(from + k);
+                    std::memcpy(scratch + r * K + k, &v, sizeof v);
+                }
+                if (k < K) {
+                    const auto v = widen_tail<D>(from + k, K - k);
+                    std::memcpy(scratch + r * K + k, &v, (K - k) * sizeof(X));
+                }
+            }
+            dot_all<D, X>(x, x_stride, M, scratch, K, 0, rows, K, false,
+                          [&](int64_t r, int64_t m, Out<D> v) { done(n + r, m, v); });
+        }
+    }
+}
+
+// The share of `total` items that thread i of `threads` takes: [begin, end), in multiples of `unit`.
+struct Share {
+    int64_t begin, end;
+    Share(int64_t total, int64_t i, int64_t threads, int64_t unit) {
+        const int64_t units = (total + unit - 1) / unit;
+        begin = units * i / threads * unit;
+        end = units * (i + 1) / threads * unit;
+        if (begin > total) begin = total;
+        if (end > total) end = total;
+    }
+};

@@ -1,0 +1,202 @@
+"""One step of the lean decoder as one C++ call: no operator is dispatched, no thread goes to sleep.
+
+A step of a small model is hundreds of operators whose call takes longer than their arithmetic, and
+each wakes the threads anew.  Here one parallel region holds the whole step; what remains is the
+time of reading the weights.
+Source: Spector et al. 2025 (megakernels),
+https://hazyresearch.stanford.edu/blog/2025-05-27-no-bubbles
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Callable
+from ctypes import POINTER, Structure, c_double, c_int, c_int64, c_void_p
+
+import torch
+from torch import Tensor, nn
+
+from kernels import build
+from kernels.op import KernelError, expect
+
+FP32, BF16, INT8, INT8_DYNAMIC = range(4)
+
+
+class _Linear(Structure):
+    _fields_ = [("w", c_void_p), ("scale", c_void_p), ("bias", c_void_p), ("sums", c_void_p),
+                ("n", c_int64), ("k", c_int64), ("kind", c_int64)]  # fmt: skip
+
+
+class _Layer(Structure):
+    _fields_ = [*((name, c_void_p) for name in ("input_norm", "post_norm", "q_norm", "k_norm")),
+                *((name, _Linear) for name in ("q", "k", "v", "o", "gate", "up", "down")),
+                ("keys", c_void_p), ("values", c_void_p)]  # fmt: skip
+
+
+class _Model(Structure):
+    _fields_ = [*((name, c_int64) for name in ("layers", "hidden", "inner", "heads", "kv_heads",
+                                               "head_dim", "vocab", "window", "cache_bf16",
+                                               "slots")),
+                ("eps", c_double),
+                *((name, c_void_p) for name in ("final_norm", "cos", "sin")),
+                ("embed", _Linear), ("head", _Linear), ("layer", POINTER(_Layer))]  # fmt: skip
+
+
+_STEP = (POINTER(_Model), c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64,
+         c_void_p, c_int)  # fmt: skip
+
+
+class DecodeStep:
+    """The step of one ``LeanDecoder`` on the CPU, over the very weights of its modules.
+
+    model   a dense ``LeanDecoder``; its linears may hold fp32, bf16 or int8 weights (attributes
+            ``weight`` (N, K) int8, ``scale`` (N,); with ``dynamic_activations`` true the
+            activations are quantized per token, to int8)
+    Keys and values go to a ``KVCache``.  Activations are fp32 inside, whatever the weights.
+    Raises ``KernelError`` for a mixture of experts, other dtypes, devices, caches.
+    """
+
+    def __init__(self, model: nn.Module):
+        config = self.config = model.config
+        reason = build.lacks_compiler()
+        expect(reason is None, f"decode_step: {reason}")
+        expect(not config.num_experts, "decode_step runs dense decoders; leave it out for a "
+               "mixture of experts")  # fmt: skip
+        expect(config.head_dim % 2 == 0, "decode_step needs an even head_dim")
+        self._keep: list[Tensor] = []  # what the C++ side points to
+        self.layers = (_Layer * config.num_layers)()
+        for to, layer in zip(self.layers, model.layers, strict=True):
+            a, m = layer.attention, layer.mlp
+            to.input_norm, to.post_norm = self._norm(layer.input_norm), self._norm(layer.post_norm)
+            to.q_norm, to.k_norm = self._norm(a.q_norm), self._norm(a.k_norm)
+            to.q, to.k, to.v, to.o = map(self._linear, (a.q_proj, a.k_proj, a.v_proj, a.o_proj))
+            to.gate, to.up, to.down = map(self._linear, (m.gate_proj, m.up_proj, m.down_proj))
+            kinds = {to.q.kind, to.k.kind, to.v.kind}, {to.gate.kind, to.up.kind}
+            expect(all(len(k) == 1 for k in kinds), "decode_step needs q, k and v stored alike, "
+                   "and gate and up; quantize all of them or none")  # fmt: skip
+        self.model = _Model(
+            layers=config.num_layers, hidden=config.hidden_size, inner=config.intermediate_size,
+            heads=config.num_heads, kv_heads=config.num_kv_heads, head_dim=config.head_dim,
+            vocab=config.vocab_size, window=config.sliding_window or 0, eps=config.norm_eps,
+            final_norm=self._norm(model.norm), embed=self._linear(model.embed),
+            head=self._linear(model.lm_head), layer=self.layers)  # fmt: skip
+        expect(self.model.embed.kind != INT8_DYNAMIC, "decode_step needs a plain embedding")
+        self.decoder, self._space = model, torch.empty(0)
+        # not kept alive: whoever lends caches must see when one is let go
+        self._cache: Callable[[], object] = lambda: None
+        self._tables(0)
+
+    def _pointer(self, t: Tensor, dtype=None) -> int:
+        expect(t.device.type == "cpu", f"decode_step runs on the CPU, not on {t.device}")
+        t = t.detach().to(dtype or t.dtype).contiguous()
+        self._keep.append(t)
+        return t.data_ptr()
+
+    def _norm(self, norm: nn.Module | None) -> int | None:
+        return None if norm is None else self._pointer(norm.weight, torch.float32)
+
+    def _linear(self, module: nn.Module) -> _Linear:
+        weight = module.weight.detach()
+        kinds = {torch.float32: FP32, torch.bfloat16: BF16, torch.int8: INT8}
+        expect(weight.dtype in kinds and weight.dim() == 2 and weight.device.type == "cpu",
+               "decode_step takes weights (N, K) in float32, bfloat16 or int8 on the CPU, not "
+               f"{type(module).__name__} with {weight.dtype} {tuple(weight.shape)}")  # fmt: skip
+        kind, scale, sums = kinds[weight.dtype], None, None
+        if kind == INT8:
+            scale = self._pointer(module.scale.reshape(-1), torch.float32)
+            if getattr(module, "dynamic_activations", "Dynamic" in type(module).__name__):
+                kind, sums = INT8_DYNAMIC, self._pointer(weight.sum(1), torch.int32)
+        bias = getattr(module, "bias", None)
+        return _Linear(self._pointer(weight), scale,
+                       None if bias is None else self._pointer(bias, torch.float32), sums,
+                       *weight.shape, kind)  # fmt: skip
+
+    def _tables(self, slots: int) -> None:
+        self.decoder.extend_positions(slots)
+        self.cos, self.sin = (t[:, 0].float().contiguous() for t in
+                              (self.decoder.cos, self.decoder.sin))  # fmt: skip
+        self.model.cos, self.model.sin = self.cos.data_ptr(), self.sin.data_ptr()
+
+    def use(self, cache) -> None:
+        """Keys and values of the next steps go to ``cache`` (a ``KVCache``)."""
+        if cache is self._cache():
+            return
+        from impl.models.kv_cache import GrowingCache, KVCache
+
+        expect(type(cache) in (KVCache, GrowingCache), "decode_step writes to a preallocated "
+               f"KVCache, not to {type(cache).__name__}; leave one of them out")  # fmt: skip
+        first = cache.keys[0]
+        expect(first.dtype in (torch.float32, torch.bfloat16) and first.device.type == "cpu" and
+               all(t.is_contiguous() for t in (*cache.keys, *cache.values)),
+               f"decode_step needs a contiguous cache in float32 or bfloat16 on the CPU, not "
+               f"{first.dtype} on {first.device}")  # fmt: skip
+        for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
+            layer.keys, layer.values = keys.data_ptr(), values.data_ptr()
+        self.model.slots, self.model.cache_bf16 = first.shape[2], first.dtype == torch.bfloat16
+        if first.shape[2] > len(self.cos):
+            self._tables(first.shape[2])
+        self._cache = weakref.ref(cache)
+
+    def _expect_rows(self, batch: int, cache) -> None:
+        rows = cache.keys[0].shape[0]
+        expect(rows == batch, f"the cache holds {rows} rows, the ids have {batch}")
+
+    def raw(self, batch: int, tokens: int, outputs: int):
+        """``call(ids, positions, logits, argmax)`` on addresses, for steps of one shape.
+
+        ids and positions are int64 (B, T), argmax int64 (B, outputs) or 0, logits fp32
+        (B, outputs, V); the threads are those that torch has now.
+        """
+        threads = torch.get_num_threads()
+        step = build.cpu_function("decode_step", "decode_step", _STEP, c_int)
+        size = build.cpu_function("decode_step", "decode_step_workspace",
+                                  (POINTER(_Model), c_int64, c_int64), c_int64)  # fmt: skip
+        needed = size(self.model, batch * tokens, threads)
+        if self._space.numel() < needed:
+            self._space = torch.empty(needed)
+        model, space = ctypes.byref(self.model), self._space.data_ptr()
+
+        def call(ids: int, positions: int, logits: int, argmax: int) -> None:
+            status = step(model, ids, positions, batch, tokens, logits, argmax, outputs, space,
+                          threads)  # fmt: skip
+            if status:
+                raise KernelError(
+                    f"a token is outside the vocabulary of {self.model.vocab}" if status == 1 else
+                    f"a position is outside the cache of {self.model.slots} slots; ask new_cache "
+                    "for more")  # fmt: skip
+
+        return call
+
+    def __call__(self, ids: Tensor, positions: Tensor | int, cache, last_only: bool = False):
+        """Logits (B, T, V) fp32, or (B, 1, V) of the last token; arguments as the decoder's."""
+        B, T = ids.shape
+        if not isinstance(positions, Tensor):
+            positions = torch.arange(positions, positions + T).expand(B, T)
+        expect(positions.shape == ids.shape and ids.dtype == positions.dtype == torch.int64,
+               f"decode_step needs int64 ids and positions of one shape, not {tuple(ids.shape)} "
+               f"{ids.dtype} and {tuple(positions.shape)} {positions.dtype}")  # fmt: skip
+        self.use(cache)
+        self._expect_rows(B, cache)
+        outputs = 1 if last_only else T
+        logits = torch.empty(B, outputs, self.model.vocab)
+        ids, positions = ids.contiguous(), positions.contiguous()
+        self.raw(B, T, outputs)(ids.data_ptr(), positions.data_ptr(), logits.data_ptr(), 0)
+        return logits
+
+    def generate(self, first: Tensor, start: int, count: int, cache, on_token=None) -> Tensor:
+        """Greedy: ``count`` tokens (B, count) after ``first`` (B, 1) at position ``start``."""
+        B = len(first)
+        self.use(cache)
+        self._expect_rows(B, cache)
+        tokens = torch.empty(count + 1, B, dtype=torch.int64)
+        tokens[0] = first[:, 0]
+        positions = torch.arange(start, start + count)[:, None].expand(count, B).contiguous()
+        logits = torch.empty(B, self.model.vocab)
+        call, at, row = self.raw(B, 1, 1), tokens.data_ptr(), 8 * B
+        where, out = positions.data_ptr(), logits.data_ptr()
+        for i in range(count):
+            call(at + i * row, where + i * row, out, at + (i + 1) * row)
+            if on_token is not None:
+                on_token(tokens[i + 1][:, None])
+        return tokens[1:].T

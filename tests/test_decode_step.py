@@ -1,0 +1,228 @@
+"""The fused decode step: the decoder's logits, and the same bits in any grouping of tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from impl.models.decoder import DecoderConfig, LeanDecoder
+from impl.models.kv_cache import GrowingCache, KVCache
+from kernels import build
+from kernels.decode_step import DecodeStep
+from kernels.int8_linear import quantize
+from kernels.op import KernelError
+
+SHAPES = {
+    "grouped": {},
+    "qk_norm": {"qk_norm": True},
+    "biases": {"qkv_bias": True, "output_bias": True, "mlp_bias": True},
+    "window": {"sliding_window": 6},
+    "odd": {"num_heads": 3, "num_kv_heads": 1, "head_dim": 20, "hidden_size": 97,
+            "intermediate_size": 65, "vocab_size": 301, "tie_embeddings": True},
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def needs_a_compiler():
+    if reason := build.lacks_compiler():
+        pytest.skip(reason)
+
+
+def decoder(dtype=torch.float32, **options) -> LeanDecoder:
+    shape = {"vocab_size": 300, "hidden_size": 96, "intermediate_size": 200, "num_layers": 2,
+             "num_heads": 6, "num_kv_heads": 2, "head_dim": 64, "max_positions": 64,
+             "norm_eps": 1e-6} | options  # fmt: skip
+    exponents = torch.arange(0, shape["head_dim"], 2) / shape["head_dim"]
+    torch.manual_seed(0)
+    model = LeanDecoder(DecoderConfig(**shape, rope_frequencies=tuple((1e4**-exponents).tolist())))
+    for p in model.parameters():
+        if p.dim() == 1:  # norms and biases that matter
+            p.data += 0.2 * torch.randn_like(p)
+    return model.to(dtype).eval()
+
+
+class Int8(torch.nn.Module):
+    """A linear whose weights are int8; ``wide`` computes it in fp32."""
+
+    def __init__(self, linear, dynamic):
+        super().__init__()
+        self.weight, self.scale = quantize(linear.weight.data)
+        self.bias, self.dynamic_activations = linear.bias, dynamic
+
+    def forward(self, x):
+        if self.dynamic_activations:
+            top = x.abs().amax(-1, keepdim=True) / 127
+            x = (x / top).round() * top
+        return torch.nn.functional.linear(x, self.weight.float() * self.scale[:, None], self.bias)
+
+
+def quantized(model, dynamic):
+    for layer in model.layers:
+        for part, names in ((layer.attention, "q_proj k_proj v_proj o_proj"),
+                            (layer.mlp, "gate_proj up_proj down_proj")):  # fmt: skip
+            for name in names.split():
+                setattr(part, name, Int8(getattr(part, name), dynamic))
+    model.lm_head = Int8(model.lm_head, dynamic)
+    return model
+
+
+def steps(step, ids, sizes, cache, start=0):
+    """Logits of all tokens of ids (B, T), given in calls of ``sizes`` tokens, rows staggered."""
+    out, at = [], 0
+    stagger = torch.arange(len(ids))[:, None] * start
+    for n in sizes:
+        positions = stagger + torch.arange(at, at + n)
+        out.append(step(ids[:, at : at + n], positions, cache))
+        at += n
+    return torch.cat(out, 1)
+
+
+ISAS = ["avx512_bf16", "avx512_vnni", "avx2", "plain"]
+
+
+@pytest.mark.parametrize("level", ISAS)
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.inference_mode()
+def test_logits_are_those_of_the_decoder(shape, level):
+    if level not in build.isas():
+        pytest.skip(f"needs {level}; this processor's best is {build.isas()[0]}")
+    model = decoder(**SHAPES[shape])
+    ids = torch.randint(0, 300, (2, 12), generator=torch.Generator().manual_seed(1))
+    caches = [KVCache(model.config, 2, 24) for _ in range(2)]
+    with build.isa(level):
+        got = steps(DecodeStep(model), ids, [1, 1, 5, 1, 4], caches[0])
+    expected = steps(model, ids, [1, 1, 5, 1, 4], caches[1])
+    # a network of ~20 roundings in sequence: 32 units in the last place of the largest logit
+    assert (got - expected).abs().max() <= 32 * torch.finfo().eps * expected.abs().max()
+    for ours, theirs in zip(caches[0].keys, caches[1].keys, strict=True):
+        assert (ours - theirs).abs().max() <= 32 * torch.finfo().eps * theirs.abs().max()
+
+
+@torch.inference_mode()
+def test_bf16_is_closer_to_fp32_than_the_decoder_in_bf16():
+    model, wide = decoder(torch.bfloat16), decoder()
+    wide.load_state_dict(model.state_dict())
+    ids = torch.randint(0, 300, (2, 12), generator=torch.Generator().manual_seed(1))
+    cache = [KVCache(model.config, 2, 24, d) for d in (torch.bfloat16, torch.bfloat16)]
+    exact = steps(wide, ids, [1] * 12, KVCache(model.config, 2, 24))
+    got = steps(DecodeStep(model), ids, [1] * 12, cache[0])
+    theirs = steps(model, ids, [1] * 12, cache[1]).float()
+    assert (got - exact).norm() < (theirs - exact).norm()
+
+
+@pytest.mark.parametrize("level", ISAS)
+@pytest.mark.parametrize("dynamic", [False, True], ids=["weights", "weights_and_activations"])
+@torch.inference_mode()
+def test_int8_weights_are_read_as_they_are(dynamic, level):
+    if level not in build.isas():
+        pytest.skip(f"needs {level}; this processor's best is {build.isas()[0]}")
+    model = quantized(decoder(**SHAPES["biases"]), dynamic)
+    ids = torch.randint(0, 300, (2, 8), generator=torch.Generator().manual_seed(1))
+    with build.isa(level):
+        got = steps(DecodeStep(model), ids, [1, 6, 1], KVCache(model.config, 2, 24))
+    expected = steps(model, ids, [1, 6, 1], KVCache(model.config, 2, 24))
+    # an activation on the edge between two int8 values may fall either way: 1/127 of one input
+    tolerance = 2e-2 if dynamic else 32 * torch.finfo().eps
+    assert (got - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_any_grouping_of_tokens_rows_and_threads_gives_the_same_bits(dtype, monkeypatch):
+    model = decoder(dtype)
+    step = DecodeStep(model)
+    ids = torch.randint(0, 300, (3, 12), generator=torch.Generator().manual_seed(1))
+    single = steps(step, ids, [1] * 12, KVCache(model.config, 3, 24, dtype))
+    assert torch.equal(single, steps(step, ids, [1, 7, 4], KVCache(model.config, 3, 24, dtype)))
+    row = steps(step, ids[1:2], [1] * 12, KVCache(model.config, 1, 24, dtype))
+    assert torch.equal(single[1:2], row)
+    for threads in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
+        again = steps(step, ids, [2] * 6, KVCache(model.config, 3, 24, dtype))
+        assert torch.equal(single, again)
+
+
+@torch.inference_mode()
+def test_rows_may_stand_at_different_lengths():
+    model = decoder()
+    step, cache = DecodeStep(model), KVCache(model.config, 2, 40)
+    ids = torch.randint(0, 300, (2, 10), generator=torch.Generator().manual_seed(1))
+    step(ids[1:].expand(2, -1)[:, :5], 0, cache)  # row 1 has a prefix of 5
+    got = step(torch.stack((ids[0, :3], ids[1, 5:8])), torch.tensor([[0, 1, 2], [5, 6, 7]]), cache)
+    alone = KVCache(model.config, 1, 40)
+    first = step(ids[:1, :3], 0, alone)
+    alone = KVCache(model.config, 1, 40)
+    second = step(ids[1:, :8], 0, alone)[:, 5:]
+    assert torch.equal(got, torch.cat((first, second)))
+
+
+@torch.inference_mode()
+def test_greedy_generation_takes_the_largest_logit():
+    model = decoder()
+    step, seen = DecodeStep(model), []
+    cache, other = KVCache(model.config, 2, 24), GrowingCache(model.config, 2, 24)
+    first = torch.tensor([[5], [9]])
+    tokens = step.generate(first, 0, 10, cache, seen.append)
+    ids = torch.cat((first, tokens), 1)
+    assert torch.equal(tokens, torch.cat(seen, 1))
+    for i in range(10):
+        assert torch.equal(step(ids[:, i : i + 1], i, other)[:, 0].argmax(-1), tokens[:, i])
+
+
+def test_bad_input_is_one_sentence():
+    model = decoder()
+    step, cache = DecodeStep(model), KVCache(model.config, 1, 8)
+    one = torch.tensor([[3]])
+    with pytest.raises(KernelError, match="outside the vocabulary of 300"):
+        step(one * 100, 0, cache)
+    with pytest.raises(KernelError, match="outside the cache of 8 slots"):
+        step(one, 8, cache)
+    with pytest.raises(KernelError, match="holds 1 rows, the ids have 2"):
+        step(torch.tensor([[3], [4]]), 0, cache)
+    with pytest.raises(KernelError, match="not to Other"):
+        step(one, 0, type("Other", (KVCache,), {})(model.config, 1, 8))
+    with pytest.raises(KernelError, match="in float32 or bfloat16"):
+        step(one, 0, KVCache(model.config, 1, 8, torch.float16))
+    with pytest.raises(KernelError, match="float32, bfloat16 or int8"):
+        DecodeStep(decoder(torch.float16))
+    with pytest.raises(KernelError, match="leave it out for a mixture"):
+        DecodeStep(decoder(num_experts=2, experts_per_token=1))
+
+
+def engine(**options):
+    """An engine on a small Llama of transformers, with these techniques' members applied."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from impl.core import Engine
+    from impl.models import SPECS
+
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=300, hidden_size=96, intermediate_size=128, num_hidden_layers=2,
+                         num_attention_heads=6, num_key_value_heads=2,
+                         max_position_embeddings=128)  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    return Engine(SPECS["lm_small"], model, torch.float32, torch.device("cpu"), **options)
+
+
+def test_the_technique_gives_the_same_tokens_and_proves_itself():
+    from impl.core import TECHNIQUES, NotEngaged, Sampling, build, stack
+
+    ids = torch.randint(0, 300, (2, 20), generator=torch.Generator().manual_seed(1))
+    lean, fused = build(engine(batch=2), stack("lean_decoder")), None
+    fused = build(engine(batch=2), stack("decode_step"))
+    expected = lean.generate(ids, 12)
+    seen = []
+    assert torch.equal(fused.generate(ids, 12, on_token=seen.append), expected)
+    assert torch.equal(torch.cat(seen, 1), expected[:, 20:])
+    drawn = Sampling(temperature=1.0, seed=3)
+    assert torch.equal(fused.generate(ids, 12, drawn), lean.generate(ids, 12, drawn))
+    effect = TECHNIQUES["decode_step"].effect
+    assert "11 fused steps" in effect(fused, lambda: fused.generate(ids, 12))
+    with pytest.raises(NotEngaged, match="no fused step"):
+        effect(lean, lambda: lean.generate(ids, 12))
+    lean.stats["fused_steps"] = 0
+    with pytest.raises(NotEngaged, match="matrix products one by one"):
+        effect(lean, lambda: lean.generate(ids, 12))
+    fused.undo.close()
+    with pytest.raises(NotEngaged):
+        effect(fused, lambda: fused.generate(ids, 12))
