@@ -32,6 +32,11 @@ STACKS: tuple[tuple[str, ...], ...] = (
     ("draft_model", "torch_compile"),
     # Does speculation still pay when the step it saves is already cheap?
     ("int8_weight_only", "prompt_lookup", "torch_compile"),
+    # One C++ call per step instead of a compiled graph: how far does fusing by hand go ...
+    ("decode_step", "int8_weight_only"),
+    # ... and is there anything left for speculation to save?
+    ("decode_step", "prompt_lookup"),
+    ("decode_step", "int8_weight_only", "prompt_lookup"),
     # Does quantization shorten the steps of a full batch too?
     ("continuous_batching", "int8_weight_only"),
     # Does autocast add anything to a compiled fp32 model?
@@ -217,7 +222,7 @@ class Selection:
         if self.techniques:
             return [stack(*s.split("+")) for s in self.techniques]
         singles = [(t,) for t in sorted(TECHNIQUES.values(), key=_table_order)]
-        return singles + [stack(*s) for s in STACKS if set(s) <= set(TECHNIQUES)]
+        return singles + [stack(*s) for s in STACKS]
 
     def every(self) -> Iterator[tuple[tuple[Technique, ...], ModelSpec, str, int]]:
         """Stacks x models x precisions x batches, the impossible ones included."""
