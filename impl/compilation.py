@@ -40,6 +40,7 @@ class Compiled:
         self.calls, self.seconds = 0, 0.0
 
     def __call__(self, ids: Tensor, positions: Tensor, cache) -> Tensor:
+        ids, positions = ids.contiguous(), positions.contiguous()  # strides are compiled in too
         key = (*ids.shape, cache.max_len, cache.slots, cache.batch)
         self.calls += 1
         if (function := self.functions.get(key)) is not None:
@@ -123,7 +124,8 @@ def skinny_products():
 
 def rewrite_skinny_products(graph: torch.fx.Graph) -> int:
     """Replace mm and addmm of at most ``MAX_ROWS`` rows on CPU; how many were replaced."""
-    aten, replaced = torch.ops.aten, 0
+    aten, convert = torch.ops.aten, torch.ops.prims.convert_element_type.default
+    replaced = 0
     products = [
         node
         for target in (aten.mm.default, aten.addmm.default)
@@ -145,7 +147,7 @@ def rewrite_skinny_products(graph: torch.fx.Graph) -> int:
         def single(tensor, call=call):
             if tensor.meta["val"].dtype == torch.float32:
                 return tensor
-            return call(aten._to_copy.default, tensor, dtype=torch.float32)
+            return call(convert, tensor, torch.float32)
 
         with graph.inserting_before(node):
             weight = single(call(aten.permute.default, w, [1, 0]))  # (N, K)
@@ -157,7 +159,7 @@ def rewrite_skinny_products(graph: torch.fx.Graph) -> int:
             if bias:
                 out = call(aten.add.Tensor, out, single(bias[0]))
             if value.dtype != torch.float32:
-                out = call(aten._to_copy.default, out, dtype=value.dtype)
+                out = call(convert, out, value.dtype)
         node.replace_all_uses_with(out)
         graph.erase_node(node)
         replaced += 1
@@ -184,18 +186,18 @@ def _compiled_code_runs(engine: Engine, run) -> str:
     parts = getattr(engine.model, "compiled", None)
     if parts is None:
         raise NotEngaged(f"the model is {type(engine.model).__name__}: nothing of it is compiled")
+    broken = sum(counters["graph_break"].values())
     run()
     calls, graphs = sum(p.calls for p in parts), counters["stats"]["unique_graphs"]
     run()
     parts = engine.model.compiled
-    entered = sum(p.calls for p in parts) - calls
-    breaks = sum(counters["graph_break"].values())
+    entered, shapes = sum(p.calls for p in parts) - calls, sum(len(p.functions) for p in parts)
+    breaks = sum(counters["graph_break"].values()) - broken
     again = counters["stats"]["unique_graphs"] - graphs
-    if not entered or not graphs:
+    if not entered or not shapes:
         raise NotEngaged("the compiled code was never entered")
     if breaks or again:
         raise NotEngaged(f"{breaks} graph breaks, {again} graphs compiled in a second run")
-    shapes = sum(len(p.functions) for p in parts)
     engine.stats.update(graph_breaks=breaks, recompiles=again, compiled_shapes=shapes,
                         compile_s=sum(p.seconds for p in parts))  # fmt: skip
     return (
@@ -251,11 +253,8 @@ def torch_compile(engine: Engine) -> Engine:
     of seconds), or for a program that ends before that is repaid.
     Source: Ansel et al. 2024, https://pytorch.org/assets/pytorch2-2.pdf
     """
-    import torch._dynamo.utils
-
     # no torch._dynamo.reset(): it would drop the code of other engines that are measured beside
     # this one; code belongs to the function of its shape and goes with it
-    torch._dynamo.utils.counters.clear()
     if "lean" in engine.spec.needs and engine.new_cache is not None:
         if engine.new_cache(1, 1).lockstep:
             engine.new_cache = preallocated(engine)

@@ -7,7 +7,10 @@ from scipy.stats import chisquare
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from impl.core import Engine, NotEngaged, Sampling, build, stack
+from impl.fidelity import ROUNDING_DB, sqnr_db
 from impl.kv_cache import preallocated
+from impl.machine import lacks
+from impl.models.generation import generate
 from impl.speculative import DraftModel, NgramIndex, PromptLookup, Proposal, speculate
 from tests.tiny import SPEC
 
@@ -33,6 +36,11 @@ def tiny(seed, vocab=32, layers=2, hidden=32, scale=3.0):
 def engine_of(hf, *techniques, batch=1):
     engine = Engine(SPEC, hf, torch.float32, torch.device("cpu"), batch)
     return build(engine, stack(*(techniques or ("lean_decoder",))))
+
+
+def plain_loop(engine):
+    """The loop without drafts over the engine's model and cache."""
+    return lambda ids, n: generate(engine.model, engine.new_cache, ids, n)
 
 
 def prompts(batch, length, vocab=32, seed=0):
@@ -132,8 +140,9 @@ def test_tokens_do_not_depend_on_what_the_lent_cache_held_before(target):
     ids = prompts(1, 9)
     first = target.generate(ids, 20)
     cache = target.new_cache(1, 29)
-    for t in (*cache.keys, *cache.values):
-        t.fill_(1e4)
+    with torch.inference_mode():
+        for t in (*cache.keys, *cache.values):
+            t.fill_(1e4)
     del cache
     assert torch.equal(first, target.generate(ids, 20))
     assert torch.equal(first, speculate(target, Oracle(4, lambda b, p: 3), ids, 20))
@@ -249,6 +258,76 @@ def target_of_six():
 @pytest.fixture(scope="module")
 def draft_of_six():
     return engine_of(tiny(3, vocab=6, layers=1, scale=6.0), "static_kv_cache")
+
+
+# ---- compiled ----------------------------------------------------------------------------
+
+needs_compiler = pytest.mark.skipif(
+    bool(lacks("compiler")), reason=lacks("compiler") or "a compiler is here"
+)
+
+
+@needs_compiler
+def test_compiled_steps_emit_the_same_tokens_and_compile_once_per_shape():
+    """Plain and speculating loops, rows apart; a second sweep over the shapes compiles nothing."""
+    from torch._dynamo.utils import counters
+
+    engine = engine_of(tiny(0), "prompt_lookup", "torch_compile", batch=2)
+    with engine.undo:
+        loops = (engine.generate, plain_loop(engine))
+        ids, new = prompts(2, 6).repeat(1, 3), 20
+        plain = engine_of(tiny(0)).generate(ids, new)
+        before = counters["stats"]["unique_graphs"]
+        for loop in loops:
+            assert torch.equal(loop(ids, new), plain)
+        graphs = counters["stats"]["unique_graphs"]
+        assert graphs - before <= 2, "one token, and k + 1"
+        for loop in loops:
+            assert torch.equal(loop(ids, new), plain)
+        effect = stack("torch_compile")[0].effect
+        assert "0 graph breaks" in effect(engine, lambda: engine.generate(ids, new))
+        assert counters["stats"]["unique_graphs"] == graphs
+        assert engine.stats["accepted"] > 0
+        engine.model = engine.model.eager
+        with pytest.raises(NotEngaged):
+            effect(engine, lambda: engine.generate(ids, new))
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_generated_products_of_few_rows_equal_the_library_s(dtype):
+    """Linear layers with and without bias, one of int8 weights, at 1, 3 and 8 rows and at 9."""
+    from impl.compilation import MAX_ROWS, rewrite_skinny_products, skinny_products
+
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    plain, biased = torch.nn.Linear(48, 20, bias=False), torch.nn.Linear(48, 7)
+    packed = torch.randint(-127, 128, (5, 48), dtype=torch.int8)
+    plain, biased = plain.to(dtype), biased.to(dtype)
+    replaced = []
+
+    class Counting(type(skinny_products())):
+        def __call__(self, graph):
+            replaced.append(rewrite_skinny_products(graph))
+
+        def uuid(self):
+            return None
+
+    def f(x):
+        return torch.cat((plain(x), biased(x), x @ packed.to(x.dtype).T), -1)
+
+    compiled = torch.compile(
+        f, fullgraph=True, dynamic=False, options={"post_grad_custom_pre_pass": Counting()}
+    )
+    with torch.inference_mode():
+        for rows in (1, 3, MAX_ROWS, MAX_ROWS + 1):
+            x = torch.randn(rows, 48).to(dtype)
+            assert (
+                sqnr_db(f(x), compiled(x))
+                > (ROUNDING_DB["fp32" if dtype == torch.float32 else "bf16"])
+            )
+    torch._dynamo.reset()
+    assert replaced == [3, 3, 3, 0]
 
 
 # ---- proofs ------------------------------------------------------------------------------

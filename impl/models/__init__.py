@@ -118,7 +118,8 @@ SPECS: dict[str, ModelSpec] = {
         ModelSpec("lm_draft", "decoder", _DECODER, "Llama type, 0.98 M parameters, lm_small's "
                   "draft: same tokenizer, a tenth of the cost", _LANGUAGE, auxiliary=True),
         ModelSpec("lm_outliers", "decoder", _DECODER | {"draft"}, "lm_small with a few channels "
-                  "scaled up and down again: the same function, outliers as in large models", _LANGUAGE,
+                  "scaled up and down again: the same function, outliers as in large models",
+                  _LANGUAGE,
                   source="rescaled"),
         ModelSpec("digits_resnet", "classifier", _CONV_NET,
                   "transformers' ResNet trained here on scikit-learn's digits", ("accuracy",)),
