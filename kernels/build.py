@@ -42,7 +42,9 @@ ISA_LEVELS = {
     "avx2": ({"avx2", "fma", "f16c", "bmi2", "movbe"}, ["-march=x86-64-v3"]),
     "plain": (set(), ["-march=x86-64-v2"]),
 }  # fmt: skip
-# no -ffast-math: g++ before 13 then flushes denormals in the whole process
+# no -ffast-math: g++ before 13 then flushes denormals in the whole process.  No contraction: fused
+# multiply-adds stand where the source says `fma`, so a result has the same bits wherever its code
+# is inlined.
 FLAGS = [
     "-std=c++17",
     "-O3",
@@ -50,8 +52,10 @@ FLAGS = [
     "-shared",
     "-fPIC",
     "-fno-math-errno",
+    "-ffp-contract=off",
     "-Wall",
     "-Wno-maybe-uninitialized",
+    "-Wno-uninitialized",
 ]  # of GCC's own AVX-512 header
 
 

@@ -113,6 +113,7 @@ CASES = {
             mma={"sm_80": "HMMA", "sm_90a": "HGMMA"},
             uses="",
         ),
+        Case("w8a8_linear", _int8_linear, LINEAR, large=(6, 700, 130)),
     ]
 }
 for _name in CASES:
@@ -144,4 +145,6 @@ BAD = [
          lambda: (r(2, 4), r(3, 4).to(torch.int8), r(4), None)),
     _bad("int8_linear", "bias", "needs a contiguous float32 bias of shape",
          lambda: (r(2, 4), r(3, 4).to(torch.int8), r(3), r(3).half())),
+    _bad("w8a8_linear", "x", r"weight \(3, 4\) needs x \(..., 4\), not \(2, 5\)",
+         lambda: (r(2, 5), r(3, 4).to(torch.int8), r(3), None)),
 ]  # fmt: skip

@@ -32,7 +32,7 @@ struct Fma {  // fp32 activations
     using Sum = f32v;
     static constexpr int STEP = LANES;
     template <class W> static Vector widen(const W* p) { return load(p); }
-    static f32v mac(f32v acc, Vector x, Vector w) { return acc + x * w; }
+    static f32v mac(f32v acc, Vector x, Vector w) { return fma(x, w, acc); }
 };
 #if defined(__AVX512BF16__)
 struct DotBf16 {  // bf16 activations: products of pairs, exact, added in fp32
@@ -190,6 +190,45 @@ inline void matmul_rows(const typename D::X* x, int64_t x_stride, int64_t M, con
                           [&](int64_t r, int64_t m, Out<D> v) { done(n + r, m, v); });
         }
     }
+}
+
+// Quantize a row to int8, symmetric, rounded to even: `narrow` gets x / scale + 128 where DotInt8
+// reads it, `wide` (may be `from`) the whole numbers as floats where there is no such unit.
+inline void quantize_row(const float* from, int64_t K, uint8_t* narrow, float* wide, float* scale) {
+    f32v most = {}, poison = {};  // 0 * NaN and 0 * infinity are NaN
+    int64_t k = 0;
+    for (; k + LANES <= K; k += LANES) {
+        const f32v v = load(from + k);
+        most = larger(most, larger(v, -v));
+        poison += v * 0.f;
+    }
+    float top = maximum(most), bad = sum(poison);
+    for (; k < K; ++k) {
+        top = std::fabs(from[k]) > top ? std::fabs(from[k]) : top;
+        bad += from[k] * 0.f;
+    }
+    if (bad != 0) {  // such a row has no scale: every result of it is NaN
+        *scale = NAN;
+        std::memset(narrow, 0, K);
+        return;
+    }
+    *scale = top != 0 ? top / 127.f : 1.f;
+    const float inverse = 1.f / *scale;
+    k = 0;
+#if defined(__AVX512VNNI__)
+    (void)wide;
+    for (; k + LANES <= K; k += LANES) {
+        const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps((__m512)load(from + k), _mm512_set1_ps(inverse)));
+        const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_add_epi32(whole, _mm512_set1_epi32(128)));
+        std::memcpy(narrow + k, &bytes, sizeof bytes);
+    }
+    for (; k < K; ++k) narrow[k] = uint8_t(int(std::nearbyint(from[k] * inverse)) + 128);
+#else
+    (void)narrow;
+    for (; k + LANES <= K; k += LANES)
+        store(wide + k, (load(from + k) * inverse + 12582912.f) - 12582912.f);
+    for (; k < K; ++k) wide[k] = std::nearbyint(from[k] * inverse);
+#endif
 }
 
 // The share of `total` items that thread i of `threads` takes: [begin, end), in multiples of `unit`.

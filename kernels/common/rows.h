@@ -28,11 +28,11 @@ template <class T> inline float inverse_rms(const T* x, int64_t n, float eps) {
         for (; i + 4 * LANES <= end; i += 4 * LANES)
             for (int u = 0; u < 4; ++u) {
                 const f32v v = load(x + i + u * LANES);
-                part[u] += v * v;
+                part[u] = fma(v, v, part[u]);
             }
         for (; i + LANES <= end; i += LANES) {
             const f32v v = load(x + i);
-            part[0] += v * v;
+            part[0] = fma(v, v, part[0]);
         }
         total += sum((part[0] + part[1]) + (part[2] + part[3]));
     }

@@ -122,6 +122,16 @@ inline void store(f16* p, f32v v) {
 #endif
 }
 
+// a * b + c, rounded once where the processor can.  The compiler is told to fuse nothing by itself.
+inline f32v fma(f32v a, f32v b, f32v c) {
+#if defined(__AVX512F__)
+    return (f32v)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    return (f32v)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
+}
 inline float sum(f32v v) {  // pairwise, in a fixed order
     float lane[LANES];
     std::memcpy(lane, &v, sizeof v);
@@ -143,15 +153,15 @@ inline f32v larger(f32v a, f32v b) { return choose((i32v)(a > b), a, b); }
 inline f32v exponential(f32v x) {
     const f32v bounded = choose((i32v)(x > 89.f), splat(89.f), choose((i32v)(x < -104.f), splat(-104.f), x));
     const f32v whole = (bounded * 1.44269504f + 12582912.f) - 12582912.f;  // to nearest
-    f32v r = bounded - whole * 0.693359375f;
-    r = r + whole * 2.12194440e-4f;
+    f32v r = fma(whole, splat(-0.693359375f), bounded);
+    r = fma(whole, splat(2.12194440e-4f), r);
     f32v p = splat(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.f;
+    p = fma(p, r, splat(1.3981999507e-3f));
+    p = fma(p, r, splat(8.3334519073e-3f));
+    p = fma(p, r, splat(4.1665795894e-2f));
+    p = fma(p, r, splat(1.6666665459e-1f));
+    p = fma(p, r, splat(5.0000001201e-1f));
+    p = fma(p * r, r, r) + 1.f;
     // 2^whole in two factors, so that results below the smallest normal come out right
     const i32v n = __builtin_convertvector(whole, i32v), half = n >> 1;
     const f32v result = p * (f32v)((half + 127) << 23) * (f32v)((n - half + 127) << 23);

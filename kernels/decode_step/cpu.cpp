@@ -94,40 +94,6 @@ static void linear(const Linear& l, const Rows& x, int64_t n0, int64_t n1, float
     }
 }
 
-// Quantize row m of `from` (K) to int8, symmetric, rounded to even: what DotInt8 reads.
-static void quantize_row(const float* from, int64_t K, uint8_t* narrow, float* wide, float* scale) {
-    f32v most = {};
-    int64_t k = 0;
-    for (; k + LANES <= K; k += LANES) {
-        const f32v v = load(from + k);
-        most = larger(most, larger(v, -v));
-    }
-    float top = maximum(most);
-    for (; k < K; ++k) top = std::fabs(from[k]) > top ? std::fabs(from[k]) : top;
-    *scale = top > 0 ? top / 127.f : 1.f;
-    const float inverse = 1.f / *scale;
-    for (k = 0; k + LANES <= K; k += LANES) {
-        const f32v v = (load(from + k) * inverse + 12582912.f) - 12582912.f;
-#if defined(__AVX512VNNI__)
-        const __m128i bytes = _mm512_cvtepi32_epi8(
-            _mm512_add_epi32(_mm512_cvtps_epi32((__m512)v), _mm512_set1_epi32(128)));
-        std::memcpy(narrow + k, &bytes, sizeof bytes);
-        (void)wide;
-#else
-        store(wide + k, v);
-        (void)narrow;
-#endif
-    }
-    for (; k < K; ++k) {
-        const float v = std::nearbyint(from[k] * inverse);
-#if defined(__AVX512VNNI__)
-        narrow[k] = uint8_t(int(v) + 128);
-#else
-        wide[k] = v;
-#endif
-    }
-}
-
 static void embed_row(const Linear& e, int64_t id, float* to) {
     const int64_t C = e.k;
     const auto fill = [&](auto* row, float scale) {
@@ -176,7 +142,7 @@ static void attend(const float* q, const T* keys, const T* values, int64_t first
             f32v acc[4];
             for (int u = 0; u < 4; ++u) acc[u] = load(out + d + u * LANES) * shrink;
             for (int64_t i = 0; i < n; ++i)
-                for (int u = 0; u < 4; ++u) acc[u] += score[i] * load(values + (s + i) * D + d + u * LANES);
+                for (int u = 0; u < 4; ++u) acc[u] = fma(splat(score[i]), load(values + (s + i) * D + d + u * LANES), acc[u]);
             for (int u = 0; u < 4; ++u) store(out + d + u * LANES, acc[u]);
         }
         for (; d < D; ++d) {
