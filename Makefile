@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
+WORKERS ?= $(shell n=$$(nproc); echo $$((n > 4 ? 4 : n)))
 STAMP := $(VENV)/.installed
 
 .PHONY: bench test headline report lint install clean
@@ -11,7 +12,7 @@ bench: install  ## the default profile: table, saved JSON, HTML report (its path
 	@$(BIN)/python -m reports bench -- $(ARGS)
 
 test: install  ## correctness, effect and quality of the smoke cells, and every other test
-	$(BIN)/pytest --profile smoke --benchmark-skip -q $(ARGS)
+	$(BIN)/pytest --profile smoke --benchmark-skip --benchmark-disable -n $(WORKERS) -q $(ARGS)
 
 headline: install  ## the headline cells in three fresh processes; the worst of the three counts
 	@$(BIN)/python -m reports headline --measure -- $(ARGS)

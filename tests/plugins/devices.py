@@ -37,7 +37,9 @@ def pytest_configure(config):
     threads = config.option.threads
     if threads is not None and threads < 1:
         raise pytest.UsageError(f"--threads {threads} is not positive; write --threads 2")
-    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads or max(1, cores // workers))
 
 
 def pytest_report_header(config):

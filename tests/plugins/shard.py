@@ -40,12 +40,21 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Tests of one model run on one worker, so that it is loaded once."""
+    """Tests that share an engine run on one worker: those of a cell, on a GPU those of a model.
+
+    Tests without a cell are spread one by one.
+    """
     from xdist.scheduler import LoadScopeScheduling
 
-    class ByModel(LoadScopeScheduling):
-        def _split_scope(self, nodeid):
-            match = re.search(r"\[.*?-(\w+-\w+)-batch\d+", nodeid)
-            return match[1] if match else nodeid.split("::")[0]
+    shared = r"\[.*?-(\w+-\w+)-batch\d+" if _on_gpu(config) else r"\[(.*-\w+-\w+-batch\d+)"
 
-    return ByModel(config, log)
+    class ByEngine(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            match = re.search(shared, nodeid)
+            return match[1] if match else nodeid
+
+    return ByEngine(config, log)
+
+
+def _on_gpu(config) -> bool:
+    return getattr(config, "study_device", "cpu").startswith("cuda")
