@@ -70,6 +70,17 @@ template <class D, class W> inline typename D::Vector widen_tail(const W* p, int
     return D::widen(padded);
 }
 
+// f(0), f(1), ... f(N - 1) with constant arguments: arrays indexed by them live in registers, where a
+// loop unrolled later would leave every sum in memory.
+#define INLINED __attribute__((always_inline))
+template <class F, int... I>
+INLINED inline void unrolled(F f, std::integer_sequence<int, I...>) {
+    (f(std::integral_constant<int, I>()), ...);
+}
+template <int N, class F> INLINED inline void unrolled(F f) {
+    unrolled(f, std::make_integer_sequence<int, N>());
+}
+
 template <class D> using Out = std::remove_reference_t<decltype(typename D::Sum()[0])>;
 
 // acc[r][m] = x row m . w row r, for M rows of x and R rows of w.
@@ -79,35 +90,30 @@ inline void dot_tile(const typename D::X* x, int64_t x_stride, const W* w, int64
     constexpr int LINE = 64 / sizeof(W) > D::STEP ? 64 / sizeof(W) : D::STEP;  // of the cache
     typename D::Sum acc[R][M] = {};
     int64_t k = 0;
-    const auto step = [&](int64_t at) {
+    const auto step = [&](int64_t at) INLINED {
         typename D::Vector row[M];
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) row[m] = D::widen(x + m * x_stride + at);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
+        unrolled<M>([&](auto m) INLINED { row[m] = D::widen(x + m * x_stride + at); });
+        unrolled<R>([&](auto r) INLINED {
             const auto weights = D::widen(w + r * w_stride + at);
-#pragma GCC unroll 8
-            for (int m = 0; m < M; ++m) acc[r][m] = D::mac(acc[r][m], row[m], weights);
-        }
+            unrolled<M>([&](auto m) INLINED { acc[r][m] = D::mac(acc[r][m], row[m], weights); });
+        });
     };
     for (; k + LINE <= K; k += LINE) {
         if (PREFETCH)  // the same place in the next rows: the hardware stops at each row's end
-#pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) __builtin_prefetch(w + (r + R) * w_stride + k);
-#pragma GCC unroll 8
-        for (int at = 0; at < LINE; at += D::STEP) step(k + at);
+            unrolled<R>([&](auto r) INLINED { __builtin_prefetch(w + (r + R) * w_stride + k); });
+        unrolled<LINE / D::STEP>([&](auto i) INLINED { step(k + i * D::STEP); });
     }
     for (; k + D::STEP <= K; k += D::STEP) step(k);
     if (k < K)
-        for (int r = 0; r < R; ++r) {
+        unrolled<R>([&](auto r) INLINED {
             const auto weights = widen_tail<D>(w + r * w_stride + k, K - k);
-            for (int m = 0; m < M; ++m)
+            unrolled<M>([&](auto m) INLINED {
                 acc[r][m] = D::mac(acc[r][m], widen_tail<D>(x + m * x_stride + k, K - k), weights);
-        }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) out[r][m] = lanes_sum(acc[r][m]);
+            });
+        });
+    unrolled<R>([&](auto r) INLINED {
+        unrolled<M>([&](auto m) INLINED { out[r][m] = lanes_sum(acc[r][m]); });
+    });
 }
 
 constexpr int TILE_ROWS = 4;   // rows of weights side by side
@@ -153,8 +159,12 @@ inline void dot_all(const typename D::X* x, int64_t x_stride, int64_t M, const W
     if (m < M) run(std::integral_constant<int, 1>());
 }
 
+// The distance between rows of a buffer of ours: rows a multiple of 4096 bytes apart would share one
+// set of the first-level cache and push one another out.
+constexpr int64_t apart(int64_t K) { return (K + 63) / 64 * 64 + 64; }
+
 // done(n, m, x row m . w row n) for rows n0 <= n < n1 of w: weights are read once, in order.
-// `scratch` holds BLOCK_ROWS * K of D::X when M >= WIDEN_ONCE.
+// `scratch` holds BLOCK_ROWS * apart(K) of D::X when M >= WIDEN_ONCE.
 template <class D, class W, class Done>
 inline void matmul_rows(const typename D::X* x, int64_t x_stride, int64_t M, const W* w,
                         int64_t w_stride, int64_t n0, int64_t n1, int64_t K,
@@ -179,14 +189,14 @@ inline void matmul_rows(const typename D::X* x, int64_t x_stride, int64_t M, con
                 int64_t k = 0;
                 for (; k + D::STEP <= K; k += D::STEP) {
                     const auto v = D::widen(from + k);
-                    std::memcpy(scratch + r * K + k, &v, sizeof v);
+                    std::memcpy(scratch + r * apart(K) + k, &v, sizeof v);
                 }
                 if (k < K) {
                     const auto v = widen_tail<D>(from + k, K - k);
-                    std::memcpy(scratch + r * K + k, &v, (K - k) * sizeof(X));
+                    std::memcpy(scratch + r * apart(K) + k, &v, (K - k) * sizeof(X));
                 }
             }
-            dot_all<D, X>(x, x_stride, M, scratch, K, 0, rows, K, false,
+            dot_all<D, X>(x, x_stride, M, scratch, apart(K), 0, rows, K, false,
                           [&](int64_t r, int64_t m, Out<D> v) { done(n + r, m, v); });
         }
     }

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <omp.h>
 #include <type_traits>
+#include <utility>
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif

@@ -316,7 +316,7 @@ static int64_t widest(const Model& m) { return std::max({m.hidden, m.inner, m.he
 extern "C" int64_t decode_step_workspace(const Model* m, int64_t rows, int64_t threads) {
     const int64_t width = (m->heads + 2 * m->kv_heads) * m->head_dim, wide = widest(*m);
     return rows * (4 * wide + width + 2 * wide + wide / 4 + 64) +
-           threads * (BLOCK_ROWS * wide + 4 * rows + 64) + 1024;
+           threads * (BLOCK_ROWS * apart(wide) + 4 * rows + 64) + 1024;
 }
 
 // Returns 0, or 1 for a token outside the vocabulary, 2 for a position outside the cache.
@@ -338,11 +338,11 @@ extern "C" int decode_step(const Model* m, const int64_t* ids, const int64_t* po
           *attended = take(rows * m->heads * m->head_dim), *act = take(rows * m->inner),
           *up = take(rows * std::max(m->inner, m->hidden)), *narrow = take(rows * (wide / 4 + 1)),
           *scales = take(rows), *best = take(threads * rows), *best_at = take(2 * threads * rows),
-          *scratch = take(threads * BLOCK_ROWS * wide);
+          *scratch = take(threads * BLOCK_ROWS * apart(wide));
     const auto run = [&](int thread, Team& team) {
         Step step{*m, ids, positions, B, T, logits, argmax, outputs, x, h, qkv, attended, act, up,
                   (uint8_t*)narrow, scales, team, best, (int64_t*)best_at};
-        step.run(thread, scratch + thread * BLOCK_ROWS * wide);
+        step.run(thread, scratch + thread * BLOCK_ROWS * apart(wide));
     };
     if (threads <= 1) {
         Team team(1);

@@ -14,17 +14,17 @@ static void int8_linear(const T* x, int64_t x_stride, const int8_t* w, const flo
     if constexpr (std::is_same_v<X, T>) {
         rows = x;
     } else {  // activations of another type are widened once: M * K numbers
-        converted.reset(new X[M * K]);
+        converted.reset(new X[M * apart(K)]);
         for (int64_t m = 0; m < M; ++m)
-            fill_row(converted.get() + m * K, K, false,
+            fill_row(converted.get() + m * apart(K), K, false,
                      [&](int64_t k) { return load(x + m * x_stride + k); },
                      [&](int64_t k) { return to_float(x[m * x_stride + k]); });
         rows = converted.get();
-        x_stride = K;
+        x_stride = apart(K);
     }
     const auto run = [&](int thread, int of) {
         const Share share(N, thread, of, TILE_ROWS);
-        std::unique_ptr<X[]> scratch(M >= WIDEN_ONCE ? new X[BLOCK_ROWS * K] : nullptr);
+        std::unique_ptr<X[]> scratch(M >= WIDEN_ONCE ? new X[BLOCK_ROWS * apart(K)] : nullptr);
         matmul_rows<D>(rows, x_stride, M, w, K, share.begin, share.end, K, scratch.get(),
                        [&](int64_t n, int64_t m, float v) {
                            from_float(y + m * N + n, v * scale[n] + (bias ? bias[n] : 0.f));

@@ -25,23 +25,23 @@ static void w8a8_linear(const T* x, int64_t x_stride, const int8_t* w, const flo
                         const float* bias, T* y, int64_t M, int64_t N,
                         int64_t K, int threads) {
     using X = Path::X;
-    const std::unique_ptr<X[]> rows(new X[M * K]);
+    const std::unique_ptr<X[]> rows(new X[M * apart(K)]);
     const std::unique_ptr<float[]> row_scale(new float[M]);
     const auto quantize = [&](int64_t m, float* wide) {
         const T* row = x + m * x_stride;
         fill_row(wide, K, false, [&](int64_t k) { return load(row + k); },
                  [&](int64_t k) { return to_float(row[k]); });
-        quantize_row(wide, K, (uint8_t*)(rows.get() + m * K), (float*)(rows.get() + m * K),
+        quantize_row(wide, K, (uint8_t*)(rows.get() + m * apart(K)), (float*)(rows.get() + m * apart(K)),
                      row_scale.get() + m);
     };
     const auto multiply = [&](int thread, int of) {
         const Share share(N, thread, of, TILE_ROWS);
-        std::unique_ptr<X[]> scratch(M >= WIDEN_ONCE ? new X[BLOCK_ROWS * K] : nullptr);
+        std::unique_ptr<X[]> scratch(M >= WIDEN_ONCE ? new X[BLOCK_ROWS * apart(K)] : nullptr);
         for (int64_t n0 = share.begin; n0 < share.end; n0 += BLOCK_ROWS) {
             const int64_t n1 = std::min(n0 + BLOCK_ROWS, share.end);
             int32_t shift[BLOCK_ROWS];  // x stands as x + 128: this much too large
             for (int64_t n = n0; n < n1; ++n) shift[n - n0] = too_large(w + n * K, K);
-            matmul_rows<Path>(rows.get(), K, M, w, K, n0, n1, K, scratch.get(),
+            matmul_rows<Path>(rows.get(), apart(K), M, w, K, n0, n1, K, scratch.get(),
                               [&](int64_t n, int64_t m, Out<Path> sum) {
                                   const float v = float(sum - shift[n - n0]) * (row_scale[m] * scale[n]);
                                   from_float(y + m * N + n, v + (bias ? bias[n] : 0.f));
