@@ -39,8 +39,6 @@ STACKS: tuple[tuple[str, ...], ...] = (
     ("decode_step", "int8_weight_only", "prompt_lookup"),
     # Does quantization shorten the steps of a full batch too?
     ("continuous_batching", "int8_weight_only"),
-    # Does autocast add anything to a compiled fp32 model?
-    ("autocast_bf16", "torch_compile"),
 )
 
 
