@@ -20,6 +20,7 @@ from .layers import (
     Int8Linear,
     Int8Weight,
 )
+from .numerics import NEAR_TIE
 
 
 def takes(name: str, module: nn.Module) -> bool:
@@ -131,7 +132,7 @@ def computed_in_int8(engine: Engine, run: Callable) -> str:
 
 
 @technique(phase="compress", needs={"linear"}, replaces="weights", effect=stored_as_int8,
-           fidelity=budget("perplexity", 0.003, accuracy=0.01, cosine=0.002),
+           fidelity=budget("perplexity", 0.003, kl=0.002, accuracy=0.01, cosine=0.002),
            peer="torchao_int8_weight_only")  # fmt: skip
 def int8_weight_only(engine: Engine) -> Engine:
     """w ~ int8 * scale per output channel: a quarter of fp32's bytes, arithmetic as before.
@@ -146,7 +147,8 @@ def int8_weight_only(engine: Engine) -> Engine:
 
 
 @technique(phase="compress", needs={"linear"}, replaces=("weights", "activations"),
-           fidelity=budget("perplexity", 0.015, near_tie=0.5, accuracy=0.015, cosine=0.01),
+           fidelity=budget("perplexity", 0.015, near_tie=NEAR_TIE, kl=0.005, accuracy=0.015,
+                           cosine=0.01),
            effect=computed_in_int8, peer="torchao_int8_dynamic")  # fmt: skip
 def int8_dynamic(engine: Engine) -> Engine:
     """y = int8(x) @ int8(w) * scale_x * scale_w: activations quantized per token as they come.

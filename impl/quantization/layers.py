@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .numerics import int8_matmul, quantize_per_channel, quantize_per_token
+from .numerics import int8_matmul, product_by_digits, quantize_per_channel, quantize_per_token
 
+MANY_TOKENS = 64  # from here on arithmetic decides, and widening the weights costs little
 FEW_TOKENS = 4  # up to here reading the weights takes longer than the arithmetic
 PACK_MULTIPLE = 64  # torch._weight_int8pack_mm reads past the end of rows of other lengths
 
@@ -58,20 +59,19 @@ class Int8Linear(Int8Weight):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, scale = self.weight, self.scale
-        tokens = x.numel() // x.shape[-1]
-        if x.is_cpu and tokens <= FEW_TOKENS and torch.compiler.is_compiling():
+        rows = x.reshape(-1, x.shape[-1])  # (M, K)
+        tokens, compiling = len(rows), torch.compiler.is_compiling()
+        packable = rows.shape[1] % PACK_MULTIPLE == 0
+        if x.is_cpu and compiling and tokens == 1:
             # inductor makes one loop of it: int8 is read, widened in registers and summed
-            y = (x.unsqueeze(-2) * weight.to(x.dtype)).sum(-1) * scale
-        elif (
-            x.is_cpu
-            and tokens <= FEW_TOKENS
-            and x.dtype == torch.bfloat16
-            and x.shape[-1] % PACK_MULTIPLE == 0
-        ):
-            rows = x.reshape(-1, x.shape[-1])
-            y = torch._weight_int8pack_mm(rows, weight, scale).view(*x.shape[:-1], -1)
+            y = (rows.unsqueeze(1) * weight.to(x.dtype)).sum(-1) * scale
+        elif x.is_cpu and compiling and tokens <= MANY_TOKENS:
+            y = (product_by_digits(rows, weight) * scale).to(x.dtype)
+        elif x.is_cpu and x.dtype == torch.bfloat16 and tokens <= FEW_TOKENS and packable:
+            y = torch._weight_int8pack_mm(rows, weight, scale)
         else:
-            y = F.linear(x, weight.to(x.dtype)) * scale
+            y = F.linear(rows, weight.to(x.dtype)) * scale
+        y = y.view(*x.shape[:-1], -1)
         return self.plus_bias(y)
 
 

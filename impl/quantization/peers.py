@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from impl.core import Engine, NotEngaged, technique
 from impl.fidelity import budget
 
+from .numerics import NEAR_TIE
+
 BLOCK = (32, 64)  # bitsandbytes packs four-bit weights for the CPU in blocks of rows and columns
 
 
@@ -73,7 +75,7 @@ def _swap(engine: Engine, make: Callable[[nn.Linear], nn.Linear]) -> Engine:
 
 @technique(phase="compress", needs={"linear", "attention"}, requires={"bitsandbytes"},
            effect=_bitsandbytes_layers, replaces=("weights", "activations"),
-           fidelity=budget("perplexity", 0.015, near_tie=0.5, accuracy=0.015,
+           fidelity=budget("perplexity", 0.015, near_tie=NEAR_TIE, kl=0.005, accuracy=0.015,
                            cosine=0.01))  # fmt: skip
 def bnb_int8(engine: Engine) -> Engine:
     """bitsandbytes' ``Linear8bitLt``: int8 rows times int8 columns.
@@ -98,12 +100,14 @@ def bnb_int8(engine: Engine) -> Engine:
 
 @technique(phase="compress", needs={"linear", "attention"}, requires={"bitsandbytes"},
            replaces="weights", effect=_bitsandbytes_layers,
-           fidelity=budget("perplexity", 0.10, accuracy=0.02, cosine=0.05))  # fmt: skip
+           fidelity=budget("perplexity", 0.03, near_tie=0.2, kl=0.06, accuracy=0.02,
+                           cosine=0.05))  # fmt: skip
 def bnb_nf4(engine: Engine) -> Engine:
     """bitsandbytes' ``Linear4bit``: 16 levels at the quantiles of a normal, a scale per 64 weights.
 
     Helps memory: an eighth of fp32's bytes.  Does not help time where widening costs more than the
-    bytes it saves.  A tied embedding keeps its float table.
+    bytes it saves.  Its CPU kernels compute in bf16 at every precision.  A tied embedding keeps its
+    float table.
     Source: Dettmers et al. 2023 (QLoRA), https://arxiv.org/abs/2305.14314
     """
     import bitsandbytes as bnb
@@ -147,7 +151,7 @@ def _quantize(engine: Engine, config_name: str) -> Engine:
 
 @technique(phase="compress", needs={"linear", "attention"}, requires={"torchao"},
            replaces="weights", effect=_torchao_weights,
-           fidelity=budget("perplexity", 0.003, accuracy=0.01, cosine=0.002))  # fmt: skip
+           fidelity=budget("perplexity", 0.003, kl=0.002, accuracy=0.01, cosine=0.002))  # fmt: skip
 def torchao_int8_weight_only(engine: Engine) -> Engine:
     """torchao's ``Int8WeightOnlyConfig``: int8 per row, widened when used.
 
@@ -159,7 +163,7 @@ def torchao_int8_weight_only(engine: Engine) -> Engine:
 
 @technique(phase="compress", needs={"linear", "attention"}, requires={"torchao"},
            replaces=("weights", "activations"), effect=_torchao_weights,
-           fidelity=budget("perplexity", 0.015, near_tie=0.5, accuracy=0.015,
+           fidelity=budget("perplexity", 0.015, near_tie=NEAR_TIE, kl=0.005, accuracy=0.015,
                            cosine=0.01))  # fmt: skip
 def torchao_int8_dynamic(engine: Engine) -> Engine:
     """torchao's ``Int8DynamicActivationInt8WeightConfig``: activations quantized per token.
