@@ -11,6 +11,7 @@ from impl.baseline import hf_generate
 from impl.core import Engine, NotEngaged, Request, Response, technique
 from impl.fidelity import same_tokens
 
+from .proofs import crowd
 from .replay import Arrivals, Clock, finish, slots_for
 
 PAGE = 256  # tokens in a block of the manager's cache (its default in 5.17 and in 5.23)
@@ -19,7 +20,7 @@ PACKED_TOKENS = 2048  # prompt and new tokens in one forward of the manager, at 
 
 def _fewer_forwards_than_tokens(engine: Engine, run) -> str:
     """One by one takes a forward per token; whoever takes fewer serves several at once."""
-    kind, forwards = type(engine.model), 0
+    kind, forwards, requests = type(engine.model), 0, crowd(engine)
 
     def see(module, _):
         nonlocal forwards
@@ -27,13 +28,14 @@ def _fewer_forwards_than_tokens(engine: Engine, run) -> str:
 
     hook = torch.nn.modules.module.register_module_forward_pre_hook(see)
     try:
-        answers = run()
+        engine.serve(requests)
     finally:
         hook.remove()
-    tokens = engine.stats["new_tokens"]
+    tokens = sum(r.max_new_tokens for r in requests)
     if not forwards or forwards >= tokens:
         raise NotEngaged(f"{forwards} forwards for {tokens} new tokens: one request at a time")
-    return f"{forwards} forwards for {tokens} new tokens of {len(answers)} requests"
+    run()
+    return f"{forwards} forwards for {tokens} new tokens of {len(requests)} requests"
 
 
 def _set_up(engine: Engine) -> int:
@@ -60,7 +62,6 @@ def peer_padded_generate(engine: Engine) -> Engine:
         slots_for(requests, limit)  # refuses what the model cannot hold
         clock, answers = Clock(), {}
         arrivals, device = Arrivals(requests, clock), engine.device
-        engine.stats["new_tokens"] = sum(r.max_new_tokens for r in requests)
         while arrivals:
             arrivals.wait(engine.batch)
             batch = arrivals.take(engine.batch)
@@ -113,7 +114,6 @@ def peer_generate_batch(engine: Engine) -> Engine:
         if blocks not in managers:
             managers[blocks] = _start(model, engine.batch, blocks)
         manager, clock, answers = managers[blocks], Clock(), {}
-        engine.stats["new_tokens"] = sum(r.max_new_tokens for r in requests)
         by_id = {str(r.id): r for r in requests}
         arrivals = Arrivals(requests, clock)
         began = clock.start

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from impl.core import Engine, NotEngaged
+import torch
+
+from impl.core import Engine, NotEngaged, Request
+
+
+def crowd(engine: Engine) -> list[Request]:
+    """More requests than slots, all there from the start, short and long answers by turns.
+
+    Proofs serve this and not the cell's trace: who overlaps with whom must not depend on how fast
+    the machine is.
+    """
+    prompts = [torch.arange(3, 6 + i % 4) for i in range(engine.batch + 4)]
+    return [Request(i, ids, 2 + 5 * (i % 2)) for i, ids in enumerate(prompts)]
 
 
 @dataclass
@@ -15,8 +27,8 @@ class Call:
     last: list[int]
 
 
-def _calls(engine: Engine, run) -> list[Call]:
-    """The forwards of the engine's model while ``run()`` serves; spare rows are left out."""
+def _calls(engine: Engine) -> list[Call]:
+    """The forwards of the engine's model while it serves the crowd; spare rows are left out."""
     calls: list[Call] = []
 
     def see(_, args, options):
@@ -30,7 +42,7 @@ def _calls(engine: Engine, run) -> list[Call]:
 
     hook = engine.model.register_forward_pre_hook(see, with_kwargs=True)
     try:
-        run()
+        engine.serve(crowd(engine))
     finally:
         hook.remove()
     return calls
@@ -45,13 +57,14 @@ def _mean_batch(calls: list[Call]) -> float:
 
 
 def several_per_step(engine: Engine, run) -> str:
-    mean = _mean_batch(_calls(engine, run))
+    mean = _mean_batch(_calls(engine))
+    run()
     return f"a decode step served {mean:.1f} requests, {engine.stats['padding_waste']:.0%} padding"
 
 
 def joins_while_others_decode(engine: Engine, run) -> str:
     """A request joined if a step after its prefill also continues rows of the step before it."""
-    calls = _calls(engine, run)
+    calls = _calls(engine)
     mean, before, fresh, joined = _mean_batch(calls), [], [], 0
     for call in calls:
         if not call.decode:
@@ -66,4 +79,5 @@ def joins_while_others_decode(engine: Engine, run) -> str:
         before, fresh = call.last, []
     if not joined:
         raise NotEngaged("no request was admitted while another was decoding")
+    run()
     return f"{joined} requests joined a running batch; a decode step served {mean:.1f}"
