@@ -138,8 +138,11 @@ def int8_weight_only(engine: Engine) -> Engine:
     """w ~ int8 * scale per output channel: a quarter of fp32's bytes, arithmetic as before.
 
     Helps when the weights are read for few tokens: batch 1 decode, compiled, so that widening is
-    fused into the product.  Does not in eager fp32 (each layer is widened to memory first), nor
-    for long prompts and large batches, where arithmetic decides.
+    fused into the product.  Does not for long prompts and large batches, where arithmetic decides,
+    and little in eager fp32, where each layer is widened to memory first.
+    A step of `lm_small` for 1 token, CPU time of one thread, least of 40 (Zen 4, torch 2.13, a
+    busy machine: only ratios mean something): fp32 compiled 2.8x the compiled lean decoder, eager
+    1.5x eager; bf16 eager 2.3x; 4 tokens compiled in fp32 2.7x.
     Source: Dettmers et al. 2022 (the vector-wise scheme), https://arxiv.org/abs/2208.07339
     """
     quantize_modules(engine.model, Int8Linear, Int8Conv2d)
@@ -156,6 +159,7 @@ def int8_dynamic(engine: Engine) -> Engine:
     Helps wherever matrix products take the time and the processor multiplies int8 faster (VNNI,
     AMX, tensor cores), for one token as for many.  Does not when a few channels carry outliers
     (they set the token's scale) or when layers are so small that quantizing costs as much.
+    Measured as for ``int8_weight_only``: fp32 compiled 4.3x for 4 tokens, eager 1.8x for 1.
     Source: Yao et al. 2022 (ZeroQuant), https://arxiv.org/abs/2206.01861
     """
     quantize_modules(engine.model, Int8DynamicLinear, Int8DynamicConv2d)
