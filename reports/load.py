@@ -188,7 +188,7 @@ class Run:
         machine = self.machine
         cpu = machine.get("cpu") or {}
         parts = {
-            "CPU": cpu.get("brand_raw") or machine.get("processor"),
+            "CPU": cpu.get("brand_raw") or cpu.get("brand") or machine.get("processor"),
             "arch": cpu.get("arch") or machine.get("machine"),
             "cores": cpu.get("count"),
             "ISA": machine.get("isa"),
