@@ -70,7 +70,10 @@ class Winner:
 
 
 def winners(run: Run) -> list[Winner]:
-    """Per model, workload and batch: the fastest that loses nothing, and the fastest in budget."""
+    """Per model, workload and batch: the fastest that loses nothing, and the fastest in budget.
+
+    Only stacks found faster than the baseline: where none is, the workload has no winner.
+    """
     rows = []
 
     def place(record: Record) -> tuple[str, str, int, str]:
@@ -78,7 +81,7 @@ def winners(run: Run) -> list[Winner]:
         return (cell.model, cell.workload, cell.batch, cell.device)
 
     for _, found in groupby(sorted(run.records, key=place), place):
-        cells = [r for r in found if not r.is_baseline and r.speedup and r.speedup.known]
+        cells = [r for r in found if not r.is_baseline and r.info.get("verdict") == "faster"]
         lossless = min((r for r in cells if keeps_quality(r)), key=seconds, default=None)
         fastest = min((r for r in cells if within_budget(r)), key=seconds, default=None)
         if lossless:
