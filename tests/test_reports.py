@@ -482,6 +482,21 @@ def test_headline_refuses_the_same_run_twice(constructed, tmp_path, capsys):
 # ---- what the page says ----------------------------------------------------------------------
 
 
+def test_a_workload_where_nothing_is_faster_has_no_winner(constructed, run_of):
+    run = json.loads(json.dumps(constructed))
+    assert study.winners(run_of(run))
+    for benchmark in run["benchmarks"]:
+        benchmark["extra_info"]["verdict"] = "ambiguous"
+    assert not study.winners(run_of(run))
+
+
+def test_a_run_is_named_after_its_cpu(constructed, run_of):
+    run = json.loads(json.dumps(constructed))
+    run["machine_info"]["cpu"] = {"brand": "Constructed CPU", "arch": "X86_64", "count": 2}
+    run["machine_info"]["gpu"] = None
+    assert run_of(run).slug == "constructed-cpu"
+
+
 def test_winners_lose_nothing_or_stay_in_budget(constructed, run_of):
     rows = study.winners(run_of(constructed))
     by_claim = {(w.claim, w.record.cell.workload): w.record.cell.stack for w in rows}
