@@ -26,7 +26,7 @@ import torch
 from kernels import build
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMITS = ROOT / "tests/data/kernel_limits.json"
+LIMITS = ROOT / "tests/data/kernel_limits"
 ARCHS = ("sm_80", "sm_90a")
 ENTRIES = re.compile(r"ENTRY\((?!T)[\w ]+, (\w+)\)")
 
@@ -267,7 +267,7 @@ def _triton_usage(built) -> dict[str, int]:
 
 
 def check_limits(compiler: str, kernel: str, arch: str, usage: dict[str, dict[str, int]]) -> None:
-    """Compare with ``kernel_limits.json``: more of anything fails, and so does less.
+    """Compare with ``kernel_limits/<kernel>.json``: more of anything fails, and so does less.
 
     ``KERNEL_LIMITS=record`` writes what it sees.  A compiler that is not in the record fails only
     on spills: its numbers are another compiler's.
@@ -275,14 +275,16 @@ def check_limits(compiler: str, kernel: str, arch: str, usage: dict[str, dict[st
     for entry, used in usage.items():
         assert used["spills"] == 0, f"{entry} for {arch} spills {used['spills']} bytes"
         assert used["shared"] <= SHARED_LIMIT[arch], f"{entry} would not launch on {arch}"
-    record = json.loads(LIMITS.read_text()) if LIMITS.exists() else {}
+    path = LIMITS / f"{kernel}.json"
+    record = json.loads(path.read_text()) if path.exists() else {}
     if os.environ.get("KERNEL_LIMITS") == "record":
-        record.setdefault(compiler, {}).setdefault(kernel, {})[arch] = usage
-        LIMITS.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+        record.setdefault(compiler, {})[arch] = usage
+        path.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
         return
-    if compiler not in record:
+    known = {name for file in LIMITS.glob("*.json") for name in json.loads(file.read_text())}
+    if compiler not in known:
         return
-    expected = record[compiler].get(kernel, {}).get(arch)
+    expected = record.get(compiler, {}).get(arch)
     assert usage == expected, (
         f"{kernel} for {arch} by {compiler} uses {usage}, the record says {expected}; when that is "
         "meant, record it: KERNEL_LIMITS=record pytest tests/test_kernels.py -k compiles"

@@ -2,7 +2,7 @@
 
 By default: reference and CPU C++ at every instruction set of this processor, CUDA through the
 host shim, Triton under its interpreter, both compiled for sm_80 and sm_90a with their registers
-held to ``tests/data/kernel_limits.json``.  On a GPU the same cases run there too.
+held to ``tests/data/kernel_limits``.  On a GPU the same cases run there too.
 
     pytest tests/test_kernels.py                            everything but what is marked slow
     pytest tests/test_kernels.py -m slow                    those: sanitizers, under the host shim

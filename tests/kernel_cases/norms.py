@@ -1,0 +1,43 @@
+"""Normalization over rows."""
+
+from tests.kernel_cases import Case, bad, random
+
+# odd, a power of two, one column, one row, no row, no column, longer than any one block
+ROWS = [(5, 123), (3, 2, 64), (4, 1), (1, 384), (0, 7), (2, 0), (2, 4097), (2, 20000)]
+
+
+def _rms_norm(shape, dtype):
+    return [random(*shape, dtype=dtype), 1 + 0.1 * random(shape[-1], dtype=dtype), 1e-6]
+
+
+def _add_rms_norm(shape, dtype):
+    x, weight, eps = _rms_norm(shape, dtype)
+    return [x, random(*shape, seed=1, dtype=dtype), weight, eps]
+
+
+CASES = [
+    Case("rms_norm", _rms_norm, ROWS, large=(300, 1111)),
+    Case(
+        "add_rms_norm",
+        _add_rms_norm,
+        ROWS[:-1],
+        large=(300, 1111),
+        row_args=(0, 1),
+        short_argument=2,
+    ),
+]
+
+r = random
+BAD = [
+    bad("rms_norm", "dtype", "not torch.float64; convert x",
+        lambda: (r(2, 4).double(), r(4).double(), 1e-6)),
+    bad("rms_norm", "weight", r"needs a weight of shape \(4,\), not \(5,\)",
+        lambda: (r(2, 4), r(5), 1e-6)),
+    bad("rms_norm", "mixed", "needs weight and x alike", lambda: (r(2, 4), r(4).half(), 1e-6)),
+    bad("rms_norm", "transposed", r"stride 1, not 4; call .contiguous\(\)",
+        lambda: (r(3, 4).T, r(3), 1e-6)),
+    bad("rms_norm", "uneven", "evenly spaced rows",
+        lambda: (r(4, 3, 8)[:, :2], r(8), 1e-6)),
+    bad("add_rms_norm", "residual", r"residual shaped like x \(2, 4\), not \(2, 5\)",
+        lambda: (r(2, 4), r(2, 5), r(4), 1e-6)),
+]  # fmt: skip
