@@ -119,6 +119,14 @@ def missing(cell: Cell, spec: ModelSpec, device: str = "cpu") -> str | None:
 SLOT_OF_PHASE = {"decode": "decode", "schedule": "scheduler"}
 
 
+def slots_of(t: Technique) -> set[str]:
+    """What of the engine a technique writes: schedulers and decoders nothing but their slot."""
+    for slot in ("scheduler", "decode"):
+        if slot in t.replaces:
+            return {slot}
+    return {SLOT_OF_PHASE.get(t.phase, "model")} | (t.replaces & {"cache"})
+
+
 def moves(cell: Cell, slots: Iterable[str]) -> bool:
     """Whether the cell can change a number measured over ``slots``.
 
@@ -127,17 +135,7 @@ def moves(cell: Cell, slots: Iterable[str]) -> bool:
     baseline always can: it is the yardstick.
     """
     wanted = set(slots)
-    for t in cell.techniques:
-        own = {SLOT_OF_PHASE.get(t.phase, "model")} | (
-            t.replaces & {"cache", "decode", "scheduler"}
-        )
-        if "scheduler" in t.replaces:
-            own = {"scheduler"}
-        elif "decode" in t.replaces:
-            own = {"decode"}
-        if t.name == "eager" or own & wanted:
-            return True
-    return False
+    return any(t.name == "eager" or slots_of(t) & wanted for t in cell.techniques)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from impl.core import Sampling
 
+from .payoff import Payoff
+
 STREAMS = 3  # of uniform numbers that ``DraftModel`` takes per row
 
 
@@ -33,7 +35,11 @@ class NgramIndex:
             known.append(token)
 
     def guess(self, k: int) -> list[int] | None:
-        """The k tokens that followed the longest known suffix, or None when none is known.
+        """The k tokens that followed the longest known suffix, or None when none is known."""
+        return self.match(k)[1]
+
+    def match(self, k: int) -> tuple[int, list[int] | None]:
+        """(length of the longest known suffix, the k tokens that followed it); (0, None): unknown.
 
         A match that ends where the text does is continued with what it has guessed so far.
         """
@@ -43,8 +49,8 @@ class NgramIndex:
                 found = known[start : start + k]
                 while len(found) < k:
                     found.append(found[start + len(found) - end])
-                return found
-        return None
+                return n, found
+        return 0, None
 
 
 @dataclass
@@ -58,24 +64,61 @@ class Proposal:
     real: list[bool]
 
 
+class Row:
+    """A row's text, and the guess whose worth the text is about to tell."""
+
+    def __init__(self, tokens: Sequence[int], payoff: Payoff):
+        self.text, self.payoff = NgramIndex(tokens), payoff
+        self.open: list[int] | None = None  # guesses not yet met
+        self.kind: tuple[int, bool] = (0, False)  # length of the match, was the last guess right
+        self.met, self.copying = 0, False
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """The text goes on; the open guess is judged by it."""
+        self.text.extend(tokens)
+        for token in tokens:
+            if self.open is None:
+                return
+            right = token == self.open[self.met]
+            self.met += right
+            if not right or self.met == len(self.open):
+                self.payoff.learn(self.kind, self.met)
+                self.copying, self.open = right, None
+
+    def guess(self, k: int) -> tuple[tuple[int, bool] | None, list[int] | None]:
+        """(kind, the k tokens expected next); (None, None) where the text says nothing."""
+        length, found = self.text.match(k)
+        if found is None:
+            return None, None
+        kind = length, self.copying
+        if self.open is None:
+            self.open, self.kind, self.met = found, kind, 0
+        return kind, found
+
+
 class PromptLookup:
-    """Proposes what followed the last tokens when they stood in the text before."""
+    """Proposes what followed the last tokens when they stood in the text before, if that pays."""
 
     k: int
     exact_draws = True  # a proposal is certain, so drawing from the target and comparing is exact
 
     def __init__(self, k: int):
-        self.k = k
+        self.k, self.payoffs = k, dict[int, Payoff]()
 
     def start(self, ids: Tensor, length: int, sampling: Sampling, rows: Sequence[int]) -> None:
-        self.texts = [NgramIndex(row) for row in ids.tolist()]
+        self.payoff = self.payoffs.setdefault(len(ids), Payoff(self.k))  # of this batch
+        self.rows = [Row(row, self.payoff) for row in ids.tolist()]
+
+    def took(self, width: int, seconds: float) -> None:
+        """A step of ``width`` tokens per row took so long."""
+        self.payoff.took(width, seconds)
 
     def propose(self, emitted: list[list[int]]) -> Proposal | None:
-        """Guesses (B, k) after the tokens just emitted, or None when no row has one."""
-        for text, tokens in zip(self.texts, emitted, strict=True):
-            text.extend(tokens)
-        guesses = [text.guess(self.k) for text in self.texts]
-        if not any(guesses):
+        """Guesses (B, k) after the tokens just emitted; None when no row has one worth its time."""
+        for row, tokens in zip(self.rows, emitted, strict=True):
+            row.extend(tokens)
+        kinds, guesses = zip(*(row.guess(self.k) for row in self.rows), strict=True)
+        if not any(guesses) or not self.payoff.worth(kinds):
             return None
         filled = torch.tensor([g or [0] * self.k for g in guesses])
         return Proposal(filled, None, [g is not None for g in guesses])

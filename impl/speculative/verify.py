@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Sequence
 
@@ -75,6 +76,7 @@ def speculate(engine: Engine, drafter, ids: Tensor, max_new_tokens: int,
     if on_token is not None:
         on_token(first)
     drafter.start(ids, length, sampling, rows)
+    took = getattr(drafter, "took", None)  # a drafter that weighs the cost of its guesses
     texts = first.tolist()  # the new tokens of each row
     emitted = first.tolist()  # those of the last step
     shown, count = 1, Counter(target_steps=0, row_steps=0, drafted=0, accepted=0)
@@ -89,6 +91,7 @@ def speculate(engine: Engine, drafter, ids: Tensor, max_new_tokens: int,
         starts = torch.tensor([T + len(text) - 1 for text in texts], device=device)
         # places past the end are computed and thrown away; they share the last slot, never read
         positions = (starts[:, None] + ahead[:width]).clamp_(max=length - 1)  # (B, width)
+        began = time.perf_counter()
         logits = model(tokens, positions, cache)  # (B, width, V)
         count["target_steps"] += 1
         place = (positions + 1 - T).clamp_(max=max_new_tokens - 1)  # of what they predict
@@ -99,6 +102,8 @@ def speculate(engine: Engine, drafter, ids: Tensor, max_new_tokens: int,
             p = distribution(logits, sampling)  # (B, width, V)
             if accept is None or proposal is None:
                 choices = draw(p, own.gather(1, place)).tolist()
+        if took is not None:  # the choices are on the host: the device is done
+            took(width, time.perf_counter() - began)
         guesses = [[]] * B if proposal is None else proposal.guesses.tolist()
         emitted = [[]] * B
         for b, text in enumerate(texts):

@@ -13,12 +13,14 @@ import torch
 
 from impl.core import Engine, Technique, build, members, stack
 from impl.fidelity import NEAR_TIE, ROUNDING_DB, loosest, loss_of, sqnr_db
+from impl.machine import memory_bytes
 from tests import matrix, workloads
 from tests.matrix import Cell
 from tests.workloads import Size
 
 # A model whose quality metrics are within budget may still differ by noise; not by as much as this.
 NOISE_FLOOR_DB = 10.0
+KEEP_SHARE = 1 / 16  # of the memory: engines kept for later cells
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -42,7 +44,8 @@ class Pool:
         """The engine of this stack on the cell's workload (at ``precision`` if given)."""
         precision = precision or cell.precision
         names = tuple(t.name for t in techniques)
-        batch = 0 if names in (("eager",), ("lean_decoder",)) else cell.batch
+        plain = names in (("eager",), ("lean_decoder",))  # nothing prepared for a batch
+        batch = 0 if plain else cell.batch
         key = names, cell.model, precision, batch
         if key not in self._built:
             self._built[key] = self._build(techniques, cell, precision)
@@ -64,13 +67,22 @@ class Pool:
         return Built(engine, time.perf_counter() - start)
 
     def focus(self, cell: Cell) -> None:
-        """Let go of every engine that this cell does not need."""
-        needed = {t.name for t in cell.techniques}
-        for key in list(self._built):
-            names, model, precision, _ = key
-            same = model == cell.model and (names == ("eager",) or precision == cell.precision)
-            if not same or not (names in (("eager",), ("lean_decoder",)) or set(names) <= needed):
-                self.close(key)
+        """Let go of other models' engines, and of this one's when they take too much memory.
+
+        An engine that a later cell is measured against need not be built, or compiled, again.
+        """
+        needed = {t.name for t in cell.techniques} | {"eager", "lean_decoder"}
+        for key in [key for key in self._built if key[1] != cell.model]:
+            self.close(key)
+        spare = [key for key in self._built if not set(key[0]) <= needed]
+        while spare and self.resident_bytes() > KEEP_SHARE * memory_bytes(self.device):
+            self.close(spare.pop(0))
+
+    def resident_bytes(self) -> int:
+        """Bytes of weights of all engines in the pool, shared ones counted each time."""
+        from impl.models.costs import weight_bytes
+
+        return sum(weight_bytes(built.engine.model) for built in self._built.values())
 
     def close(self, key: tuple) -> None:
         """Undo what the techniques changed globally, and give the memory back."""
@@ -217,8 +229,18 @@ class Checks:
         return int(ties.sum())
 
     def quality(self, cell: Cell) -> list[dict[str, Any]]:
-        """Metrics of the cell against eager, each with its budget; over budget fails."""
-        return self.once("quality", cell, lambda: self._quality(cell))
+        """Metrics of the cell against eager, each with its budget; over budget fails.
+
+        Measured by forwards of a shape of its own, so once for all batches, and once for all
+        stacks that differ only in how they decode or schedule: `same_output` holds those.
+        """
+        spec = self.pool.specs[cell.model]
+        rewrites = [t.name for t in cell.techniques if matrix.slots_of(t) & {"model", "cache"}]
+        lean = "lean" in spec.needs and all(t.host == "lean" for t in cell.techniques)
+        of = rewrites or (["lean_decoder"] if lean else ["eager"])
+        shared = matrix.Cell(stack(*of), cell.model, cell.precision, batch=0)
+        # `eager` itself is held against fp32, what leaves it as it is against `eager`
+        return self.once(f"quality {bool(rewrites)}", shared, lambda: self._quality(cell))
 
     def _quality(self, cell: Cell) -> list[dict[str, Any]]:
         from impl.models.quality import quality_of

@@ -202,6 +202,7 @@ class Bench:
             seconds=budget.share(name),
             precision=self.study.precision,
             overspend=lambda needs: budget.may_overspend(name, needs),
+            settling=2 if self.study.device.startswith("cuda") else 1,  # each was called once
         )
         try:
             return sampler.sample_rounds(calls, inputs, watch, limits, SEED)

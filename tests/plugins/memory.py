@@ -1,38 +1,54 @@
-"""Bytes: the allocator's peak in one call, resident weights, and giving memory back."""
+"""Bytes: the allocator's peak in one call, and resident weights."""
 
-import contextlib
-import ctypes
-import gc
-import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
 
 def peak_bytes(call: Callable[[], Any], device: str = "cpu", weight_bytes: int = 0) -> int | None:
-    """Peak of memory in one untimed ``call``, resident weights included.
+    """Peak of memory in one untimed ``call``, with ``weight_bytes`` of resident weights.
 
-    CPU: the highest running sum of the profiler's ``[memory]`` events, plus ``weight_bytes``;
-    the same to the byte every time.  CUDA: ``max_memory_allocated``.  None when a profiler is
-    already running (nesting would silently end it).
+    CPU: the highest running sum of the profiler's ``[memory]`` events, the same to the byte every
+    time.  CUDA: how far ``max_memory_allocated`` rose above what was allocated before.  So other
+    engines in memory count on neither.  None when a profiler is already running (nesting would
+    silently end it).
     """
     import torch
 
     if device.startswith("cuda"):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         call()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated()
+        return weight_bytes + torch.cuda.max_memory_allocated() - before
     if torch.autograd._profiler_enabled():
         call()
         return None
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
-    ) as profiler:
+    return weight_bytes + running_peak(allocations(call))
+
+
+def allocations(call: Callable[[], Any]) -> list[int]:
+    """Bytes that ``call`` allocated (+) and freed (-) on the CPU, in order.
+
+    The profiler beneath ``torch.profiler.profile``, which would spend seconds on a tree of events
+    that nobody reads.
+    """
+    from torch._C._profiler import ProfilerActivity, _ExperimentalConfig
+    from torch.autograd import _disable_profiler, _enable_profiler, _prepare_profiler
+    from torch.autograd.profiler import ProfilerConfig, ProfilerState
+
+    shapes = stack = flops = modules = False
+    config = ProfilerConfig(
+        ProfilerState.KINETO, shapes, True, stack, flops, modules, _ExperimentalConfig()
+    )
+    _prepare_profiler(config, {ProfilerActivity.CPU})
+    _enable_profiler(config, {ProfilerActivity.CPU})
+    try:
         call()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    events.sort(key=lambda e: e.start_ns())
-    return weight_bytes + running_peak(e.nbytes() for e in events)
+    finally:
+        found = _disable_profiler()
+    events = [e for e in found.events() if e.name() == "[memory]"]
+    return [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
 
 
 def running_peak(changes: Iterable[int]) -> int:
@@ -60,15 +76,3 @@ def _parts(tensor: Any) -> list[Any]:
         names, _ = tensor.__tensor_flatten__()
         return [part for name in names for part in _parts(getattr(tensor, name))]
     return [tensor]
-
-
-def release() -> None:
-    """Between models: collect garbage, forget compiled code, return freed memory."""
-    torch = sys.modules.get("torch")
-    if torch is not None and "torch._dynamo" in sys.modules:
-        torch._dynamo.reset()
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.empty_cache()

@@ -281,10 +281,10 @@ class DoesNotFit(Exception):
 # ---- sampling ----------------------------------------------------------------------------
 
 
-def settle(call: Call, inputs: Sequence[Any], watch: Any, seconds: float) -> float:
-    """Warm up for ``seconds``, 2 to 50 calls; return the seconds of the quickest call."""
+def settle(call: Call, inputs: Sequence[Any], watch: Any, seconds: float, fewest: int = 2) -> float:
+    """Warm up for ``seconds``, ``fewest`` to 50 calls; return the seconds of the quickest call."""
     times: list[float] = []
-    while len(times) < 2 or (len(times) < 50 and sum(times) < seconds):
+    while len(times) < fewest or (len(times) < 50 and sum(times) < seconds):
         start = time.perf_counter()
         call(inputs[len(times) % len(inputs)])
         watch.synchronize()
@@ -315,6 +315,7 @@ class Limits:
     most: int = MOST_PAIRS
     chunk: int = CHUNK
     shortest: float = field(default=SHORTEST_SAMPLE)
+    settling: int = 2  # untimed calls of each side, at least
 
 
 def sample_rounds(
@@ -328,7 +329,7 @@ def sample_rounds(
     rng, start = random.Random(seed), time.perf_counter()
     rounds = Rounds({side: [] for side in sides})
     quickest = {
-        side: settle(call, inputs, watch, limits.seconds / 10 / len(sides))
+        side: settle(call, inputs, watch, limits.seconds / 10 / len(sides), limits.settling)
         for side, call in sides.items()
     }
     if not watch.cold:  # after a flush: one cold call

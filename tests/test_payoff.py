@@ -1,0 +1,61 @@
+"""When does a guess pay?"""
+
+import pytest
+import torch
+
+from impl.speculative import PromptLookup, speculate
+from impl.speculative.drafters import Row
+from impl.speculative.payoff import LEARNING_RATE, TRIALS, Payoff
+from tests.test_generation import engine_of, prompts, tiny
+
+
+def payoff_of(k, plain, wide):
+    payoff = Payoff(k)
+    for _ in range(TRIALS):
+        payoff.took(1, plain)
+        payoff.took(k + 1, wide)
+    return payoff
+
+
+@pytest.mark.parametrize(("wide", "kept", "pays"), [(2.0, 2, True), (2.0, 0, False),
+                                                    (4.9, 4, True), (5.1, 4, False)])  # fmt: skip
+def test_a_guess_is_verified_when_it_brings_more_than_it_costs(wide, kept, pays):
+    payoff = payoff_of(4, 1.0, wide)
+    for _ in range(60):
+        payoff.learn("kind", kept)
+    assert payoff.worth(["kind"]) is pays
+
+
+def test_rows_without_a_guess_pay_for_the_others():
+    payoff = payoff_of(4, 1.0, 2.5)
+    for _ in range(60):
+        payoff.learn("kind", 4)
+    assert payoff.worth(["kind", None]) and not payoff.worth(["kind", None, None])
+
+
+def test_a_compilation_in_the_first_wide_step_is_forgotten():
+    payoff = payoff_of(4, 1.0, 2.0)
+    payoff.took(5, 1000.0)
+    assert payoff.worth(["kind"])
+
+
+def test_guesses_that_are_not_verified_are_learned_from():
+    payoff = payoff_of(4, 1.0, 100.0)  # never worth it
+    row = Row([1, 2, 3, 4, 5, 6, 7, 1, 2, 3], payoff)
+    kind, guess = row.guess(4)
+    assert guess == [4, 5, 6, 7]
+    before = payoff.kept[kind]
+    row.extend([4])
+    row.extend([5, 9])  # two were right
+    assert payoff.kept[kind] == pytest.approx(before + LEARNING_RATE * (2 - before))
+    assert not row.copying
+
+
+def test_costly_verification_is_given_up_and_no_token_changes(monkeypatch):
+    target = engine_of(tiny(0), "static_kv_cache")
+    ids = prompts(1, 6).repeat(1, 4)
+    drafter = PromptLookup(4)
+    monkeypatch.setattr(drafter, "took", lambda width, s: drafter.payoff.took(width, width**2))
+    for _ in range(2):
+        assert torch.equal(target.generate(ids, 40), speculate(target, drafter, ids, 40))
+    assert target.stats["drafted"] == 0
