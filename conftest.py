@@ -8,6 +8,7 @@ pytest_plugins = [
     "tests.plugins.shard",
     "tests.plugins.machine",
     "tests.plugins.trace",
+    "tests.plugins.ncu",
     "tests.plugins.bench",
     "tests.plugins.summary",
 ]

@@ -1,0 +1,1 @@
+"""Nsight Compute over the tests that measure: ``python -m ncu -k EXPR``."""

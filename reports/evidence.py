@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ncu.result import read_index
 from reports import markup, study
 from reports.compare import ceiling_values, quality_text
 from reports.load import Record, Run
@@ -98,9 +99,9 @@ def not_run(run: Run) -> str:
 
 def cells(run: Run, out: Path) -> str:
     """Every cell with everything its record holds."""
-    body = ""
+    body, profiled = "", profiles()
     for _, records in study.groups(run.records):
-        listed = "".join(evidence(r, out) for r in records)
+        listed = "".join(evidence(r, out, profiled) for r in records)
         body += (
             f"<details class=place><summary><b>{markup.text(where(records[0]))}</b> <span class=ci>"
             f"{markup.count(len(records), 'cell')}</span></summary>{listed}</details>"
@@ -109,7 +110,7 @@ def cells(run: Run, out: Path) -> str:
     return section("cells", "Every cell and its evidence", lead, body)
 
 
-def evidence(r: Record, out: Path) -> str:
+def evidence(r: Record, out: Path, profiled: dict[str, list[Any]]) -> str:
     rows: list[tuple[str, str]] = [("time per call", f"{markup.time(r.seconds)} ({r.timing} time, "
                                    f"median of {r.stats.get('rounds')}, IQR "
                                    f"{markup.time(r.stats.get('iqr') or None)})")]  # fmt: skip
@@ -127,6 +128,7 @@ def evidence(r: Record, out: Path) -> str:
     if r.info.get("bound"):
         rows.append(("bound by", markup.text(r.info["bound"])))
     rows.append(("proof that it was on", markup.text(r.info.get("effect") or "none recorded")))
+    rows += [("Nsight Compute", words) for words in ncu_verdicts(r, out, profiled)]
     if links := evidence_links(r, out):
         rows.append(("files", links))
     rows.append(("test", f"<code>{markup.text(r.fullname)}</code>"))
@@ -140,18 +142,34 @@ def evidence(r: Record, out: Path) -> str:
 
 
 def evidence_links(r: Record, out: Path) -> str:
-    """Links to the trace and the NCU report of a cell, where the files are there."""
-    found = []
+    """Link to the trace of a cell, where the file is there."""
     trace = Path((r.info.get("trace") or {}).get("path") or "")
-    if trace.is_file():
-        found.append((trace, "trace (open in Perfetto)"))
-    name = "".join(c if c.isalnum() else "_" for c in r.name)
+    return link(trace, out, "trace (open in Perfetto)") if trace.is_file() else ""
+
+
+def link(path: Path, out: Path, label: str) -> str:
+    return f'<a href="{markup.text(Path(os.path.relpath(path, out)).as_posix())}">{label}</a>'
+
+
+def profiles() -> dict[str, list[Any]]:
+    """fullname -> (folder, entry of its index) of what `python -m ncu` left."""
+    found: dict[str, list[Any]] = {}
     for folder in NCU_FOLDERS:
-        found += [(path, "NCU report") for path in sorted(folder.glob(f"*{name}*"))]
-    return ", ".join(
-        f'<a href="{markup.text(Path(os.path.relpath(path, out)).as_posix())}">{label}</a>'
-        for path, label in found
-    )
+        for entry in read_index(folder):
+            found.setdefault(entry["fullname"], []).append((folder, entry))
+    return found
+
+
+def ncu_verdicts(r: Record, out: Path, profiled: dict[str, list[Any]]) -> list[str]:
+    """What ncu found in this cell on the same kind of device, each with its file."""
+    found = []
+    for folder, entry in profiled.get(r.fullname, ()):
+        if entry.get("device") == r.cell.device:
+            words = entry.get("verdict") or f"{entry.get('outcome')}: {entry.get('why')}"
+            gpu = f"{markup.text(entry['gpu'])}, " if entry.get("gpu") else ""
+            file = link(folder / entry["file"], out, "NCU results")
+            found.append(f"{markup.text(words)} <span class=ci>{gpu}{file}</span>")
+    return found
 
 
 def trust(run: Run) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ncu.__main__ import arguments as ncu_arguments
 from reports.__main__ import COMMANDS, arguments
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,14 +36,15 @@ def commands(path):
 
 
 def calls(tool):
-    """Arguments of every call of `tool` ('make', 'pytest', 'reports') in all workflows."""
-    ways = {"make": ["make"], "pytest": [".venv/bin/pytest"],
-            "reports": [".venv/bin/python", "-m", "reports"]}[tool]  # fmt: skip
+    """Arguments of every call of `tool` ('make', 'pytest', 'reports', 'ncu') in all workflows."""
+    module = [".venv/bin/python", "-m", tool]
+    ways = {"make": [["make"]], "pytest": [[".venv/bin/pytest"], module]}.get(tool, [module])
     for path in WORKFLOWS:
         for words in commands(path):
-            for i in range(len(words) - len(ways) + 1):
-                if words[i : i + len(ways)] == ways:
-                    yield words[i + len(ways) :]
+            for way in ways:
+                for i in range(len(words) - len(way) + 1):
+                    if words[i : i + len(way)] == way:
+                        yield words[i + len(way) :]
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +74,8 @@ def test_every_make_target_exists():
 
 def test_every_pytest_option_exists(pytest_options):
     found = list(calls("pytest"))
-    found += [words[words.index("--") + 1 :] for words in calls("reports") if "--" in words]
+    for tool in ("reports", "ncu"):
+        found += [words[words.index("--") + 1 :] for words in calls(tool) if "--" in words]
     text = "\n".join(path.read_text(encoding="utf-8") for path in WORKFLOWS)
     found += [shlex.split(args) for args in re.findall(r'ARGS="(.*?)"', text)]
     assert len(found) >= 4
@@ -86,6 +89,27 @@ def test_every_reports_command_parses():
     for words in found:
         cut = words.index("--") if "--" in words else len(words)
         assert arguments().parse_args(words[:cut]).command in COMMANDS
+
+
+def test_every_ncu_command_parses():
+    (words,) = calls("ncu")
+    options = ncu_arguments().parse_args(words[: words.index("--")])
+    assert options.expression
+    assert all((ROOT / test).exists() for test in options.tests)
+
+
+def test_only_what_names_no_host_leaves_the_ncu_job():
+    gpu = jobs(ROOT / ".github/workflows/gpu.yml")
+    assert gpu["ncu"]["env"]["REQUIRE_NCU"] == "1"
+    (upload,) = [s for s in gpu["ncu"]["steps"] if "upload" in s.get("uses", "")]
+    assert upload["with"]["path"] == "reports/out/ncu/*.json"
+
+
+def test_every_sanitizer_runs_at_night():
+    job = jobs(ROOT / ".github/workflows/gpu.yml")["sanitize"]
+    tools = {entry["tool"] for entry in job["strategy"]["matrix"]["include"]}
+    assert tools == {"memcheck", "racecheck", "synccheck"}
+    assert "--error-exitcode=1" in job["steps"][-1]["run"]
 
 
 def test_the_makefile_calls_commands_that_exist():
