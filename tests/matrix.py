@@ -132,10 +132,12 @@ def moves(cell: Cell, slots: Iterable[str]) -> bool:
 
     A test over ("model",) is moved by whatever rewrites the model; decoding techniques move only
     "decode", schedulers only "scheduler", caches "cache" as well as what they replace.  The
-    baseline always can: it is the yardstick.
+    baseline always can, as the yardstick of an A/A trial; but not where schedulers alone count:
+    a replay of the trace takes seconds, and it is in the rounds of each of them.
     """
     wanted = set(slots)
-    return any(t.name == "eager" or slots_of(t) & wanted for t in cell.techniques)
+    yardstick = wanted != {"scheduler"}
+    return any(slots_of(t) & wanted or (yardstick and t.name == "eager") for t in cell.techniques)
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ PROFILES = {
     "smoke": Profile(("lm_small", "digits_resnet", "minilm"), ("fp32", "bf16"), (1, 8), 32, 16, 8),
     # about ten minutes on two CPU cores
     "core": Profile(
-        ("lm_small", "digits_resnet", "minilm", "llama_1b"), ("fp32", "bf16"), (1, 8), 64, 32, 44
+        ("lm_small", "digits_resnet", "minilm", "llama_1b"), ("fp32", "bf16"), (1, 8), 64, 24, 44
     ),
     # the claims that the README prints
     "headline": Profile(("lm_small",), ("fp32", "bf16"), (1,), 64, 128, 44),
@@ -177,12 +179,18 @@ def in_profile(name: str, techniques: tuple[Technique, ...], model: str, precisi
     if model == "llama_1b":  # seconds a step: what a lean step is worth beyond the cache
         return baseline and precision == "bf16" and batch == 1
     if model != "lm_small":  # one batch through an encoder or a classifier
-        return (precision == "fp32" and batch == 8) or (baseline and batch == 8)
+        weights_compiled = names == {"int8_weight_only", "torch_compile"}
+        return batch == 8 and (baseline or (precision == "fp32" and not weights_compiled))
     if any(t.min_batch > 1 for t in techniques):  # schedulers: a replay of the trace takes seconds
-        return precision == "fp32" and batch == 8
-    if batch == 8:
-        return precision == "bf16" and len(names) == 1 and not peer and "no_kv_cache" not in names
-    return precision == "fp32" or not peer
+        return precision == "fp32" and batch == 8 and len(names) == 1
+    if precision == "fp32":
+        compiles = "torch_compile" in names and len(names) == 2
+        return batch == 1 and not (compiles and names & {"prompt_lookup", "draft_model"})
+    # low precision: whatever reads other weights, or generates other code, or exists only there
+    own = (
+        techniques[-1].replaces & {"weights", "compiler"} or "fp32" not in techniques[-1].precisions
+    )
+    return len(names) == 1 and not peer and bool(baseline or own)
 
 
 @dataclass
@@ -248,10 +256,11 @@ class Selection:
         return found
 
     def sparse(self) -> set[str]:
-        """Ids of the first cell of each stack and model: what a ``sparse`` test takes in core."""
+        """Ids of each technique's first cell per model: what a ``sparse`` test takes in core."""
         first: dict[tuple[str, str], str] = {}
         for cell_id, cell in self.cells().items():
-            first.setdefault((cell.stack, cell.model), cell_id)
+            if len(cell.techniques) == 1:
+                first.setdefault((cell.stack, cell.model), cell_id)
         return set(first.values())
 
     def impossible(self) -> dict[str, str]:
@@ -268,9 +277,9 @@ class Selection:
         return found
 
 
-def _table_order(t: Technique) -> tuple[int, int, bool, str]:
+def _table_order(t: Technique) -> tuple[int, bool, int, str]:
     first = {"eager": 0, "lean_decoder": 1}.get(t.name, 2)
-    return first, PHASES.index(t.phase), t.is_peer, t.name
+    return first, t.is_peer, PHASES.index(t.phase), t.name  # peers after those they are peers of
 
 
 def tokens() -> tuple[str, ...]:

@@ -52,10 +52,15 @@ def to(x, device: str, precision: str):
 
 
 def trace_of(cell: Cell, spec: ModelSpec, size: Size, seed: int = 0) -> list[Request]:
-    """The seeded request trace that every scheduler answers."""
+    """The seeded request trace that every scheduler answers, as long as the profile's prompts."""
+    from impl.models.inputs import text_ids
     from impl.models.requests import request_trace
 
-    return request_trace(size.requests, seed=seed)
+    text = text_ids(spec) if spec.source == "checkpoint" else None
+    return request_trace(
+        size.requests, seed=seed, mean_prompt=max(1, size.prompt_tokens // 2),
+        mean_output=max(1, size.new_tokens // 3), text=text,
+    )  # fmt: skip
 
 
 # ---- what cannot be avoided --------------------------------------------------------------

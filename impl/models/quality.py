@@ -31,7 +31,7 @@ P_THRESHOLD = 1e-4  # same_distribution: a correct sampler fails one test in ten
 # profile -> tokens of text, completions, images, topics; None: all there are
 SIZES: dict[str, tuple[int | None, int, int | None, int | None]] = {
     "smoke": (1024, 8, 128, 16),
-    "core": (4096, 32, None, 40),
+    "core": (2048, 32, None, 40),
     "headline": (16384, 64, None, None),
     "full": (None, 256, None, None),
 }

@@ -316,6 +316,20 @@ class Limits:
     chunk: int = CHUNK
     shortest: float = field(default=SHORTEST_SAMPLE)
     settling: int = 2  # untimed calls of each side, at least
+    known: dict[str, float] = field(default_factory=dict)  # seconds of a side's call before
+
+
+def _needs_and_has(
+    rounds: Rounds, quickest: dict[str, float], limits: Limits, start: float
+) -> tuple[float, float]:
+    """Seconds that six rounds take, and that are left of the share."""
+    needs = FEWEST_PAIRS * rounds.calls * sum(quickest.values())
+    return needs, limits.seconds - (time.perf_counter() - start)
+
+
+def _fits(rounds: Rounds, quickest: dict[str, float], limits: Limits, start: float) -> bool:
+    needs, has = _needs_and_has(rounds, quickest, limits, start)
+    return needs <= has or limits.overspend(needs)
 
 
 def sample_rounds(
@@ -328,18 +342,22 @@ def sample_rounds(
     """
     rng, start = random.Random(seed), time.perf_counter()
     rounds = Rounds({side: [] for side in sides})
-    quickest = {
-        side: settle(call, inputs, watch, limits.seconds / 10 / len(sides), limits.settling)
-        for side, call in sides.items()
-    }
+    settling = limits.seconds / 10 / len(sides)
+
+    def settled(side: str) -> float:
+        return settle(sides[side], inputs, watch, settling, limits.settling)
+
+    # a call before that took longer than the time for settling has settled its side
+    called = {side: s for side, s in limits.known.items() if s > settling}
+    quickest = {side: called[side] if side in called else settled(side) for side in sides}
     if not watch.cold:  # after a flush: one cold call
         rounds.calls = math.ceil(limits.shortest / max(min(quickest.values()), 1e-9))
         longest = math.ceil(LONGEST_REPEAT / max(quickest.values()))
         rounds.calls = min(rounds.calls, longest)  # 1000 times apart: no need to wait
-    needs = FEWEST_PAIRS * rounds.calls * sum(quickest.values())
-    has = limits.seconds - (time.perf_counter() - start)
-    if needs > has and not limits.overspend(needs):
-        raise DoesNotFit(needs, has)
+    if not _fits(rounds, quickest, limits, start) and called:  # which may have compiled
+        quickest |= {side: settled(side) for side in called}
+    if not _fits(rounds, quickest, limits, start):
+        raise DoesNotFit(*_needs_and_has(rounds, quickest, limits, start))
     with no_collection():
         while not rounds.stop:
             marks: dict[str, list[Any]] = {side: [] for side in sides}

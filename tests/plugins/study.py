@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,45 @@ from tests.plugins.budget import Budget
 from tests.plugins.ceilings import DRIFT, Ceilings
 from tests.plugins.journal import Journal
 from tests.plugins.machine import busy, conditions_now
-from tests.plugins.sampler import verdict
+from tests.plugins.sampler import FEWEST_PAIRS, Rounds, verdict
 
 SEED = 0
 STUDY: "pytest.StashKey[Study]" = pytest.StashKey()
+
+
+class KeptRounds:
+    """The rounds of this session, for cells all of whose sides stood in the rounds of another.
+
+    A peer is timed beside the technique that names it; its own cell needs its own checks, but no
+    second set of samples.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[Any, ...], list[tuple[str, dict[str, list[float]]]]] = {}
+
+    def keep(
+        self, cell: dict[str, Any], timing: str, stacks: Mapping[str, str], rounds: Rounds
+    ) -> None:
+        """Remember the samples of every stack; ``stacks`` maps sides to their names."""
+        if len(set(stacks.values())) == len(stacks):  # not an A/A trial
+            named = {stacks[side]: seconds for side, seconds in rounds.seconds.items()}
+            self._kept.setdefault(_place(cell, timing), []).append((stacks["variant"], named))
+
+    def find(
+        self, cell: dict[str, Any], timing: str, stacks: Mapping[str, str]
+    ) -> tuple[str, Rounds] | None:
+        """(whose, rounds) in which each of ``stacks`` was timed on this workload, or None."""
+        for whose, named in self._kept.get(_place(cell, timing), ()):
+            if set(stacks.values()) <= set(named) and len(set(stacks.values())) == len(stacks):
+                rounds = Rounds({side: list(named[name]) for side, name in stacks.items()})
+                if len(rounds) >= FEWEST_PAIRS:
+                    rounds.stop = "budget"
+                    return whose, rounds
+        return None
+
+
+def _place(cell: dict[str, Any], timing: str) -> tuple[Any, ...]:
+    return cell["model"], cell["precision"], cell["batch"], cell["workload"], timing
 
 
 @dataclass
@@ -38,6 +74,7 @@ class Study:
     not_run: dict[str, str] = field(default_factory=dict)  # reason by fullname
     marks: list[str] = field(default_factory=list)
     saved: bool = False
+    rounds: KeptRounds = field(default_factory=KeptRounds)
 
     def begin_timing(self) -> None:
         """Before the first sample of the session: note the conditions, probe the ceilings."""
