@@ -3,6 +3,7 @@
 pytest_plugins = [
     "tests.plugins.devices",
     "tests.plugins.cells",
+    "tests.plugins.kernels",
     "tests.plugins.engines",
     "tests.plugins.sides",
     "tests.plugins.shard",

@@ -158,11 +158,12 @@ def _library(name: str, level: str) -> ctypes.CDLL:
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             built = Path(folder) / path.name
-            done = subprocess.run([*compiler(), *flags, str(source), "-o", str(built)],
+            command = compiler() or ()
+            done = subprocess.run([*command, *flags, str(source), "-o", str(built)],
                                   capture_output=True, text=True)  # fmt: skip
             if done.returncode:
                 raise KernelError(
-                    f"{name}: {' '.join(compiler())} failed on {source.name} for {level}; take "
+                    f"{name}: {' '.join(command)} failed on {source.name} for {level}; take "
                     f"impl='reference'. The compiler said:\n{done.stderr[-2000:]}"
                 )
             built.replace(path)
@@ -213,7 +214,9 @@ def cuda_include() -> Path | None:
     for package in ("nvidia.cu13", "nvidia.cuda_runtime"):
         with contextlib.suppress(ModuleNotFoundError):
             spec = importlib.util.find_spec(package)
-            found += [Path(p) / "include" for p in spec.submodule_search_locations] if spec else []
+            found += (
+                [Path(p) / "include" for p in spec.submodule_search_locations or ()] if spec else []
+            )
     found.append(Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include")
     return next((p for p in found if (p / "cuda_bf16.h").exists() and (p / "nv").exists()), None)
 

@@ -3,9 +3,11 @@
 By default: reference and CPU C++ at every instruction set of this processor, CUDA through the
 host shim, Triton under its interpreter, both compiled for sm_80 and sm_90a with their registers
 held to ``tests/data/kernel_limits``.  On a GPU the same cases run there too.
+With ``--benchmark-only`` they are timed instead, at real shapes.
 
     pytest tests/test_kernels.py                            everything but what is marked slow
     pytest tests/test_kernels.py -m slow                    those: sanitizers, under the host shim
+    pytest --benchmark-only tests/test_kernels.py [-k rms_norm] [--profile full]      how fast
     KERNEL_LIMITS=record pytest tests/test_kernels.py -k compiles    a new record of registers
 """
 
@@ -24,8 +26,8 @@ import torch
 
 from kernels import build
 from kernels.op import OPS, KernelError, unavailable
-from tests import kernel_cases, kernel_tools
-from tests.kernel_cases import CASES, DTYPES, Case
+from tests import kernel_cases, kernel_speed, kernel_tools
+from tests.kernel_cases import CASES, DTYPES, excess, outputs
 from tests.kernel_tools import ROOT
 
 
@@ -77,10 +79,6 @@ def on_cpu(out):
     return tuple(t.cpu() for t in out) if isinstance(out, tuple) else out.cpu()
 
 
-def outputs(out) -> tuple[torch.Tensor, ...]:
-    return out if isinstance(out, tuple) else (out,)
-
-
 def same_bits(a, b) -> bool:
     return all(torch.equal(x.view(torch.uint8), y.view(torch.uint8))
                for x, y in zip(outputs(a), outputs(b), strict=True))  # fmt: skip
@@ -107,27 +105,6 @@ def first_cases(routes):
 
 
 ALL_FIRST = list(first_cases([*CPU_ROUTES, "triton", "cuda"]))
-
-
-def excess(case: Case, got, args) -> float:
-    """The largest error against fp64 as a share of its budget (1 is the limit).
-
-    Budget: twice the error of the reference in this precision on this very input, plus two
-    roundings of the largest output; so it grows with the input and the sums as rounding does.
-    """
-    exact, rounded = case.exact(*args), case.reference(*args)
-    worst = 0.0
-    for y, good, low in zip(outputs(got), outputs(exact), outputs(rounded), strict=True):
-        assert y.shape == good.shape
-        assert y.dtype == low.dtype
-        if not y.numel():
-            continue
-        rounding = torch.finfo(y.dtype).eps / 2
-        budget = 2 * (low.double() - good).abs().max() + 2 * rounding * good.abs().max()
-        budget = max(budget.item(), torch.finfo(y.dtype).tiny)
-        error = (y.double() - good).abs().max().item()
-        worst = max(worst, float("inf") if error != error else error / budget)
-    return worst
 
 
 @pytest.mark.parametrize(("case", "route", "dtype", "shape"), list(cases()))
@@ -380,3 +357,12 @@ def test_cuda_has_no_race_and_stays_in_bounds(op, sanitizer, plant, short, findi
     else:
         assert child.returncode != 0
         assert finding in child.stderr
+
+
+# ---- how fast -------------------------------------------------------------------------------
+
+
+@pytest.mark.kernels
+def test_speed(kernel, device, bench):
+    """Against torch eager, torch.compile, the best library here and this machine's limit."""
+    kernel_speed.measure(kernel, bench, device)

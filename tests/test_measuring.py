@@ -23,7 +23,7 @@ def made_up(rates=((1 << 20, 100e9), (32 << 20, 50e9), (128 << 20, 10e9)), **gem
         "read": [
             {"working_set_bytes": s, "bytes_per_s": r, "spread": 0.01, "path": ""} for s, r in rates
         ],
-        "copy": {"bytes_per_s": 8e9},
+        "copy": {"bytes_per_s": 8e9, "spread": 0.01},
         "gemm": {d: {"flops_per_s": r, "spread": 0.2} for d, r in (gemm or {"fp32": 1e12}).items()},
     }
     return ceilings
@@ -46,6 +46,14 @@ def test_the_larger_of_bytes_and_flops_bounds():
     assert ceilings.limit(None, None, "fp32", 1) is None
     assert ceilings.compute_rate("fp16")[0] == 2e12, "fp16 work may be done in bf16"
     assert ceilings.compute_rate("fp32")[0] == 1e12, "fp32 work may not"
+
+
+def test_element_wise_work_is_held_to_the_copy_probe():
+    ceilings, dram = made_up(), 256 << 20
+    assert ceilings.limit(8e9, None, "fp32", dram).seconds == pytest.approx(0.8)
+    assert ceilings.limit(8e9, None, "fp32", dram, "copy").seconds == pytest.approx(1.0)
+    in_cache = ceilings.limit(8e9, None, "fp32", 1 << 20, "copy")
+    assert in_cache.seconds == pytest.approx(0.08), "a copy beyond the caches is no limit inside"
 
 
 def test_only_the_impossible_beats_a_limit():

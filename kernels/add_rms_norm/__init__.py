@@ -92,3 +92,8 @@ def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, 
 def bytes_moved(rows: int, n: int, itemsize: int) -> int:
     """x and residual read once, weight once, y and total written once."""
     return (4 * rows + 1) * n * itemsize
+
+
+def flops(rows: int, n: int) -> int:
+    """An addition, a square, a sum and two products per element."""
+    return 5 * rows * n

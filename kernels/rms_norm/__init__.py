@@ -84,3 +84,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, *,
 def bytes_moved(rows: int, n: int, itemsize: int) -> int:
     """x read once, weight once, y written once."""
     return (2 * rows + 1) * n * itemsize
+
+
+def flops(rows: int, n: int) -> int:
+    """A square, a sum and two products per element."""
+    return 4 * rows * n

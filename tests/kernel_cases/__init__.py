@@ -1,6 +1,7 @@
 """What the kernel tests run: per operation its inputs, its shapes and what it must refuse.
 
-Each module of this package holds a group of operations: ``CASES``, and ``BAD`` made by ``bad``.
+Each module of this package holds a group of operations: ``CASES``, ``BAD`` made by ``bad``, and
+``SPEEDS``, what ``pytest --benchmark-only tests/test_kernels.py`` times.
 """
 
 from __future__ import annotations
@@ -59,6 +60,86 @@ class Case:
         return total <= 20000
 
 
+def outputs(out) -> tuple[torch.Tensor, ...]:
+    """What an operation returns, as a tuple."""
+    return out if isinstance(out, tuple) else (out,)
+
+
+def excess(case: Case, got, args) -> float:
+    """The largest error against fp64 as a share of its budget (1 is the limit).
+
+    Budget: twice the error of the reference in this precision on this very input, plus two
+    roundings of the largest output; so it grows with the input and the sums as rounding does.
+    """
+    exact, rounded = case.exact(*args), case.reference(*args)
+    worst = 0.0
+    for y, good, low in zip(outputs(got), outputs(exact), outputs(rounded), strict=True):
+        assert y.shape == good.shape
+        assert y.dtype == low.dtype
+        if not y.numel():
+            continue
+        rounding = torch.finfo(y.dtype).eps / 2
+        spread = 2 * (low.double() - good).abs().max() + 2 * rounding * good.abs().max()
+        budget = max(spread.item(), torch.finfo(y.dtype).tiny)
+        error = (y.double() - good).abs().max().item()
+        worst = max(worst, float("inf") if error != error else error / budget)
+    return worst
+
+
+@dataclass(frozen=True)
+class Rival:
+    """Another way to the same result: ``call(*prepare(*args))``.
+
+    ``prepare`` takes the operation's arguments, packs and converts, and is never timed.  Both may
+    raise where this machine or torch lacks it: the rival is then left out, and the record says so.
+    """
+
+    call: Callable
+    prepare: Callable = lambda *args: args
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How one operation is timed: real shapes, and what a user of torch would run instead.
+
+    make       ``make(shape, dtype) -> args``, seeded
+    shapes     real ones, each with its meaning beside it; the first is all that ``smoke`` takes
+    core       how many of them, from the first, ``core`` takes: those of decoding
+    eager      the baseline; it is also what torch.compile gets
+    peers      name -> the same work by a library; the fastest that agrees stands in the record
+    traffic    the probe that limits its bytes: ``copy`` where as much is written as read (at
+               least 128 MB, into outputs allocated before), ``read`` where weights are only read
+    compute    the precision whose matrix rate limits it, where that is not the inputs'
+    rows       ``rows(*shape)``: the cell's batch
+    closeness  SQNR in dB that eager and peers must reach against the operation, or None: exact
+    """
+
+    op: str
+    make: Callable
+    shapes: tuple[tuple[int, ...], ...]
+    core: int
+    eager: Rival
+    peers: dict[str, Rival] = field(default_factory=dict)
+    traffic: str = "copy"
+    compute: str | None = None
+    rows: Callable = lambda *shape: shape[0]
+    closeness: float | None = 20.0
+
+    def bytes_moved(self, shape, dtype: torch.dtype) -> int:
+        """The operation's own count."""
+        module = importlib.import_module(f"kernels.{self.op}")
+        return module.bytes_moved(*shape, dtype.itemsize)
+
+    def flops(self, shape, args) -> int:
+        """The operation's own count: ``flops`` of its module, or the formula torch knows."""
+        from torch.utils.flop_counter import flop_registry
+
+        module = importlib.import_module(f"kernels.{self.op}")
+        if hasattr(module, "flops"):
+            return module.flops(*shape)
+        return flop_registry[getattr(torch.ops.study, self.op)](*args)
+
+
 def seeded(shape) -> torch.Generator:
     return torch.Generator().manual_seed(hash(tuple(shape)) % 2**31)
 
@@ -72,14 +153,15 @@ def bad(op: str, name: str, sentence: str, args: Callable):
     return pytest.param(op, args, sentence, id=f"{op}-{name}")
 
 
-def _collect() -> tuple[dict[str, Case], list]:
+def _collect() -> tuple[dict[str, Case], list, dict[str, Speed]]:
     modules = [
         importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__)
     ]
     cases = {case.op: case for module in modules for case in module.CASES}
     for op in cases:
         importlib.import_module(f"kernels.{op}")
-    return cases, [entry for module in modules for entry in module.BAD]
+    speeds = {s.op: s for module in modules for s in getattr(module, "SPEEDS", ())}
+    return cases, [entry for module in modules for entry in module.BAD], speeds
 
 
-CASES, BAD = _collect()
+CASES, BAD, SPEEDS = _collect()

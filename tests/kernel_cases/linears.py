@@ -1,8 +1,9 @@
 """Linear layers with quantized weights."""
 
 import torch
+from torch.nn.functional import linear
 
-from tests.kernel_cases import Case, bad, random
+from tests.kernel_cases import Case, Rival, Speed, bad, random
 
 # rows, outputs, inputs: odd everywhere, one of each, none of each, more rows than any tile
 LINEAR = [(5, 19, 97), (1, 64, 128), (3, 1, 130), (2, 3, 1), (0, 4, 8), (2, 0, 8), (3, 5, 0),
@@ -32,6 +33,71 @@ CASES = [
     ),
     Case("w8a8_linear", _int8_linear, LINEAR, large=(6, 700, 130)),
 ]
+
+# rows, outputs, inputs of a Llama of 8 billion: decoding one to 64 sequences, a prompt of 512
+DECODE = ((1, 4096, 4096), (8, 4096, 4096), (64, 4096, 4096), (512, 4096, 4096))
+LAYERS = (
+    *DECODE,
+    *((rows, *up_or_down) for up_or_down in ((14336, 4096), (4096, 14336)) for rows in (1, 8, 64)),
+)
+
+
+def _timed_linear(shape, dtype):
+    x, weight, scale, _ = _int8_linear(shape, dtype)
+    return [x, weight, scale, None]
+
+
+def _dequantized(dtype=None):
+    """x and the weights as they were, in x's dtype or another."""
+
+    def prepare(x, weight, scale, bias):
+        wide = (weight * scale[:, None]).to(dtype or x.dtype)
+        return (x if dtype is None else x.to(dtype)), wide
+
+    return prepare
+
+
+def _int8pack(x, weight, scale, bias):
+    """torch's int8 weights: activations and scales in bf16."""
+    return x.bfloat16(), weight, scale.bfloat16()
+
+
+def _onednn(x, weight, scale, bias):
+    """Weights in oneDNN's own layout."""
+    x, weight = _dequantized()(x, weight, scale, bias)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.to_mkldnn(), x.shape[0])
+    return x, packed
+
+
+def _onednn_linear(x, weight):
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+def _dynamic_int8(x, weight, scale, bias):
+    """oneDNN's int8 product; x is quantized by torch, in the timed call."""
+    packed = torch.ops.onednn.qlinear_prepack(weight, None)
+    return x, packed, scale, torch.zeros(weight.shape[0], dtype=torch.int32)
+
+
+def _dynamic_int8_linear(x, packed, scale, zero):
+    step = x.abs().amax().item() / 127
+    q = (x / step).round().to(torch.int8)
+    return torch.ops.onednn.qlinear_pointwise(q, step, 0, packed, scale, zero, None, 1.0, 0,
+                                              x.dtype, "none", [], "")  # fmt: skip
+
+
+PEERS = {
+    "bf16_linear": Rival(linear, _dequantized(torch.bfloat16)),
+    "int8pack_mm": Rival(torch.ops.aten._weight_int8pack_mm, _int8pack),
+    "onednn_linear": Rival(_onednn_linear, _onednn),
+}
+SPEEDS = [
+    Speed("int8_linear", _timed_linear, LAYERS, core=4, eager=Rival(linear, _dequantized()),
+          peers=PEERS, traffic="read"),
+    Speed("w8a8_linear", _timed_linear, LAYERS, core=4, eager=Rival(linear, _dequantized()),
+          peers={**PEERS, "onednn_dynamic_int8": Rival(_dynamic_int8_linear, _dynamic_int8)},
+          traffic="read", compute="int8"),
+]  # fmt: skip
 
 r = random
 BAD = [

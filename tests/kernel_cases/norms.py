@@ -1,6 +1,9 @@
 """Normalization over rows."""
 
-from tests.kernel_cases import Case, bad, random
+import torch
+from torch.nn.functional import rms_norm
+
+from tests.kernel_cases import Case, Rival, Speed, bad, random
 
 # odd, a power of two, one column, one row, no row, no column, longer than any one block
 ROWS = [(5, 123), (3, 2, 64), (4, 1), (1, 384), (0, 7), (2, 0), (2, 4097), (2, 20000)]
@@ -25,6 +28,34 @@ CASES = [
         row_args=(0, 1),
         short_argument=2,
     ),
+]
+
+# 128 MB in fp32: the activations of 8192 tokens at a width of 4096, of 16384 at 2048; long rows
+SIZES = ((8192, 4096), (16384, 2048), (512, 65536))
+
+
+def _eager_add_rms_norm(x, residual, weight, eps):
+    total = x + residual
+    return rms_norm(total, weight.shape, weight, eps), total
+
+
+def _manual_rms_norm(x, weight, eps):
+    """As transformers writes it."""
+    wide = x.float()
+    inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * (wide * inverse).to(x.dtype)
+
+
+SPEEDS = [
+    Speed(
+        "rms_norm",
+        _rms_norm,
+        SIZES,
+        core=1,
+        eager=Rival(lambda x, weight, eps: rms_norm(x, weight.shape, weight, eps)),
+        peers={"transformers_eager": Rival(_manual_rms_norm)},
+    ),
+    Speed("add_rms_norm", _add_rms_norm, SIZES, core=1, eager=Rival(_eager_add_rms_norm)),
 ]
 
 r = random

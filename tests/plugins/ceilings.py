@@ -5,11 +5,13 @@ the read bandwidth of its own working set, caches included.  Nothing may beat it
 """
 
 import contextlib
+import ctypes
 import itertools
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,9 +77,10 @@ class Ceilings:
         rate = math.exp((1 - t) * math.log(rates[i - 1]) + t * math.log(rates[i]))
         return rate, max(points[i - 1]["spread"], points[i]["spread"])
 
-    def copy_rate(self) -> float:
-        """Bytes/s read plus written."""
-        return float(self.measure_first()["copy"]["bytes_per_s"])
+    def copy_rate(self) -> tuple[float, float]:
+        """(bytes/s, spread) of copying, bytes read plus written."""
+        found = self.measure_first()["copy"]
+        return float(found["bytes_per_s"]), float(found["spread"])
 
     def compute_rate(self, dtype: str) -> tuple[float, float]:
         """(FLOP/s, spread) of the best matrix product whose dtype can stand for ``dtype``."""
@@ -86,13 +89,28 @@ class Ceilings:
         best = max(found or gemm.values(), key=lambda p: p["flops_per_s"])
         return best["flops_per_s"], best["spread"]
 
+    def byte_rate(self, working_set: float, traffic: str = "read") -> tuple[float, float]:
+        """(bytes/s, spread) of the probe that moves bytes as the cell does.
+
+        ``read``: weights are only read.  ``copy``: as much is written as read (element-wise work);
+        a working set that fits the caches is still held to their read bandwidth.
+        """
+        if traffic == "copy" and self.is_dram(working_set):
+            return self.copy_rate()
+        return self.read_rate(working_set)
+
     def limit(
-        self, bytes_moved: float | None, flops: float | None, dtype: str, working_set: float
+        self,
+        bytes_moved: float | None,
+        flops: float | None,
+        dtype: str,
+        working_set: float,
+        traffic: str = "read",
     ) -> Limit | None:
         """The limit of a call; None when neither its bytes nor its FLOPs are known."""
         limits = []
         if bytes_moved:
-            rate, spread = self.read_rate(working_set)
+            rate, spread = self.byte_rate(working_set, traffic)
             limits.append(Limit(bytes_moved / rate, "memory", spread))
         if flops:
             rate, spread = self.compute_rate(dtype)
@@ -104,6 +122,9 @@ class Ceilings:
         first = self.measure_first()
         largest = max(p["working_set_bytes"] for p in first["read"])
         first["read"].append(_read(self.device, round(min(working_set, largest)), 0.3))
+        copy = _copy(self.device, int(first["copy"]["working_set_bytes"]) // 2, 0.3)
+        if copy["bytes_per_s"] > first["copy"]["bytes_per_s"]:
+            first["copy"] = copy
         for dtype in dtypes:
             if dtype in first["gemm"]:
                 again = _gemm(self.device, dtype, 0.3)
@@ -213,9 +234,25 @@ def _copy(device: str, size: int, seconds: float) -> dict[str, Any]:
     x = torch.rand(size // 4, device=device)
     y = torch.empty_like(x)
     paths: dict[str, Run] = {"copy": lambda: y.copy_(x), "scale": lambda: torch.mul(x, 2.0, out=y)}
-    found = _fastest(paths, 2 * x.nbytes, device, seconds)
+    with contextlib.ExitStack() as stack:
+        if not device.startswith("cuda"):
+            pool = stack.enter_context(ThreadPoolExecutor())
+            parts = torch.get_num_threads()
+            paths["memcpy"] = lambda: _memcpy(pool, parts, y, x)
+        found = _fastest(paths, 2 * x.nbytes, device, seconds)
     return {"bytes_per_s": found[1], "working_set_bytes": 2 * size, "spread": found[2],
             "path": found[0]}  # fmt: skip
+
+
+def _memcpy(pool: ThreadPoolExecutor, parts: int, y: Any, x: Any) -> None:
+    """The C library's copy, a part per thread: its stores bypass the caches, torch's do not."""
+    part = -(-x.nbytes // parts)
+    copied = [
+        pool.submit(ctypes.memmove, y.data_ptr() + at, x.data_ptr() + at, min(part, x.nbytes - at))
+        for at in range(0, x.nbytes, part)
+    ]
+    for piece in copied:
+        piece.result()
 
 
 def _gemm(device: str, dtype: str, seconds: float) -> dict[str, Any] | None:

@@ -92,7 +92,7 @@ def _param(cell: matrix.Cell, config):
 
 
 def pytest_generate_tests(metafunc):
-    if "cell" not in metafunc.fixturenames:
+    if "cell" not in metafunc.fixturenames or metafunc.definition.get_closest_marker("kernels"):
         return
     moves = metafunc.definition.get_closest_marker("moves")
     kinds = metafunc.definition.get_closest_marker("kinds")
@@ -120,7 +120,7 @@ def cell_of(item):
 def pytest_collection_modifyitems(config, items):
     """Tests of one cell run together, cells of one model together, the baseline first."""
     empty = [i for i in items if getattr(i, "callspec", None) and "cell" in i.fixturenames
-             and cell_of(i) is None]  # fmt: skip
+             and cell_of(i) is None and not i.get_closest_marker("kernels")]  # fmt: skip
     if empty:  # no selected cell moves this test's number
         config.hook.pytest_deselected(items=empty)
         items[:] = [item for item in items if item not in empty]

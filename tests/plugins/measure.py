@@ -64,6 +64,7 @@ class Bench:
         flops: float | None = None,
         compute_dtype: str | None = None,
         working_set: float | None = None,
+        traffic: str = "read",
         predicted_speedup: float | None = None,
         context: dict[str, int | None] | None = None,
         load_s: float | None = None,
@@ -97,6 +98,7 @@ class Bench:
         bytes_moved, flops      least traffic and arithmetic of one call, from shapes
         compute_dtype, working_set   whose ceilings apply; default: the cell's precision, and the
                     resident weights and cache, or ``bytes_moved``
+        traffic     'read' or 'copy': whose bandwidth limits the bytes
         tokens_per_call, requests_per_call   for the rates; output tokens (prefill: prompt tokens)
         stream      ``stream(input, on_token)``: the variant's call again, timed token by token
         change      gives an input new content in place, returns what undoes it
@@ -197,7 +199,7 @@ class Bench:
         resident = (info["weight_bytes"] or 0) + (info["kv_bytes"] or 0)
         self._limit(
             info, seconds, compute_dtype or cell["precision"],
-            working_set or resident or bytes_moved or 1,
+            working_set or resident or bytes_moved or 1, traffic,
         )  # fmt: skip
         info = schema.nulls(info)
         if self.study.trace_folder is not None:
@@ -235,15 +237,17 @@ class Bench:
         device.synchronize()
         agree(again, x)
 
-    def _limit(self, info: dict[str, Any], seconds: float, dtype: str, working_set: float) -> None:
+    def _limit(
+        self, info: dict[str, Any], seconds: float, dtype: str, working_set: float, traffic: str
+    ) -> None:
         """Fill limit, mfu and mbu; faster than the limit is a failure."""
         ceilings, moved, flops = self.study.ceilings, info["bytes_moved"], info["flops"]
-        limit = ceilings.limit(moved, flops, dtype, working_set)
+        limit = ceilings.limit(moved, flops, dtype, working_set, traffic)
         if limit is None:
             return
         if limit.beaten_by(seconds):
             ceilings.probe_again(working_set, (dtype,))
-            limit = ceilings.limit(moved, flops, dtype, working_set)
+            limit = ceilings.limit(moved, flops, dtype, working_set, traffic)
             assert limit is not None
         fraction = limit.seconds / seconds
         if limit.beaten_by(seconds):
@@ -256,7 +260,7 @@ class Bench:
         if flops:
             info["mfu"] = flops / seconds / ceilings.compute_rate(dtype)[0]
         if moved and ceilings.is_dram(working_set):
-            info["mbu"] = moved / seconds / ceilings.read_rate(working_set)[0]
+            info["mbu"] = moved / seconds / ceilings.byte_rate(working_set, traffic)[0]
 
     def _file(self, info: dict[str, Any], rounds: Rounds) -> Record:
         """Journal the record, then replay the samples into pytest-benchmark: the last step."""

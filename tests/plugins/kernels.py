@@ -1,0 +1,69 @@
+"""Kernel cells: operations of ``kernels/`` timed as the study times stacks; see kernel_speed.
+
+They are a question of their own and take no share of the study's budget unless they are asked
+for: by naming ``tests/test_kernels.py``, an operation with ``-k``, or ``--profile full``; and only
+where times are taken (``--benchmark-only``), or by the node id of one cell.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests import kernel_speed
+
+MARK = "kernels"
+
+
+def asked_for(config: pytest.Config) -> bool:
+    """Whether this run wants kernel cells."""
+    option = config.option
+    paths = [arg.partition("::") for arg in config.args]
+    files = [Path(path).name for path, _, _ in paths]
+    if any(node.startswith("test_speed") for _, _, node in paths):
+        return True
+    if not (option.benchmark_only or option.collectonly):
+        return False
+    named = any(op in option.keyword for op in kernel_speed.SPEEDS)
+    return named or "test_kernels.py" in files or option.profile == "full"
+
+
+def is_kernel_test(item: pytest.Item) -> bool:
+    """Whether a test times kernels."""
+    return item.get_closest_marker(MARK) is not None
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One parameter per kernel cell; those that cannot run here are skipped with the reason."""
+    if metafunc.definition.get_closest_marker(MARK) is None:
+        return
+    config = metafunc.config
+    device = config.study_device  # type: ignore[attr-defined]
+    cells = kernel_speed.cells(config.selection) if asked_for(config) else {}  # type: ignore[attr-defined]
+    params = []
+    for name, cell in cells.items():
+        reason = cell.missing(device)
+        skip = [pytest.mark.skip(reason=reason)] if reason else []
+        params.append(pytest.param(name, id=name, marks=[cell.mark(), *skip]))
+    metafunc.parametrize("cell", params)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Nobody asked: no cell, and no skip either."""
+    empty = [i for i in items if is_kernel_test(i) and not isinstance(cell_id(i), str)]
+    if empty:
+        config.hook.pytest_deselected(items=empty)
+        items[:] = [item for item in items if item not in empty]
+
+
+def cell_id(item: pytest.Item) -> object:
+    """The id of an item's cell; not a string where there is none."""
+    return item.callspec.params.get("cell")  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def kernel(request: pytest.FixtureRequest, cell: str) -> kernel_speed.KernelCell:
+    """The kernel cell of this test."""
+    return kernel_speed.cells(request.config.selection)[cell]  # type: ignore[attr-defined]
