@@ -2,10 +2,11 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from string import Template
 
-from reports import evidence, markup, sections
+from reports import evidence, kernels, markup, sections, study
 from reports.load import Run, write_text
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -65,7 +66,9 @@ def summary(run: Run) -> str:
 
 
 def chapter(run: Run, out: Path, repeated: Sequence[Run]) -> str:
-    parts = [question(run) for question in sections.QUESTIONS]
+    stacks = replace(run, records=[r for r in run.records if not study.is_kernel(r)])
+    parts = [question(stacks) for question in sections.QUESTIONS] if stacks.records else []
+    parts.append(kernels.kernels(run))
     own = [r for r in repeated if r.hardware == run.hardware and r.path != run.path]
     if own and not run.headline:
         parts.insert(1, sections.three_processes(own[0]))

@@ -262,6 +262,41 @@ def roofline(records: Sequence[Record], bandwidth: float, peaks: dict[str, float
         return svg(figure, f"Roofline, read bandwidth {bandwidth / 1e9:.0f} GB/s")
 
 
+def kernel_roofline(
+    numbered: Sequence[tuple[int, Record]], slopes: dict[str, float], peaks: dict[str, float]
+) -> str:
+    """FLOP/s against FLOP per byte of (operation's number, cell), roofs from the run's probes.
+
+    A slope per bandwidth probe, a level per GEMM probe; the colour says what bounds the cell.
+    """
+    points = [(r.info["flops"] / r.info["bytes_moved"], r.info["flops"] / r.seconds / 1e9, n, r)
+              for n, r in numbered]  # fmt: skip
+    with drawing(3.4, 0.68, 0.46) as (figure, axes):
+        top, fastest = max(peaks.values()), max(slopes.values())
+        xs, ys = [p[0] for p in points], [p[1] for p in points]
+        left, right = min(xs) / 3, max(*xs, top / min(slopes.values())) * 3
+        for name, rate in slopes.items():
+            axes.plot([left, top / rate], [rate * left / 1e9, top / 1e9], linewidth=1,
+                      color=COLOR["soft"], linestyle="-" if name == "copy" else "--",
+                      label=f"{name} {rate / 1e9:.0f} GB/s")  # fmt: skip
+        for dtype, peak in sorted(peaks.items(), key=lambda item: item[1]):
+            axes.plot([peak / fastest, right], [peak / 1e9] * 2, color=COLOR["soft"], linewidth=1)
+            axes.text(right, peak / 1e9, f"{dtype} {peak / 1e9:.0f} GFLOP/s", ha="right",
+                      va="bottom", fontsize=7.5, color=COLOR["soft"])  # fmt: skip
+        for x, y, number, record in points:
+            color = {"memory": "accent", "compute": "slower"}.get(str(record.info.get("bound")), "soft")
+            axes.plot([x], [y], marker="o", markersize=9, color=COLOR[color], alpha=0.85)
+            axes.text(x, y, str(number), ha="center", va="center_baseline", fontsize=6.5,
+                      color=COLOR["card"], fontweight="bold")  # fmt: skip
+        axes.set(xscale="log", yscale="log", xlabel="FLOP per byte moved", ylabel="GFLOP/s")
+        axes.set_xlim(left, right)
+        axes.set_ylim(min(ys) / 2, top / 1e9 * 2)
+        log_ticks(axes.xaxis)
+        log_ticks(axes.yaxis)
+        axes.legend(loc="lower right", fontsize=8)
+        return svg(figure, f"Roofline of {len(points)} kernel cells")
+
+
 def ladder_plot(names: Sequence[str], records: Sequence[Record], title: str) -> str:
     """Speed-up over `eager` as techniques are added, one rung below the other."""
     rows = Rows.of(names)

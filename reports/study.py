@@ -12,11 +12,17 @@ from reports.schema import higher_is_better, over_budget
 PRIMARY = ("perplexity", "accuracy", "retrieval", "cosine", "top1_agreement", "kl")
 PEERS = ("peer_", "bnb_", "torchao_")
 LEAN = "lean_decoder"
+KERNEL = "kernel"
 
 
 def is_peer(record: Record) -> bool:
     """Somebody else's implementation: it stands in the tables, it is not ours."""
     return any(name.startswith(PEERS) for name in record.cell.techniques)
+
+
+def is_kernel(record: Record) -> bool:
+    """One operation, not a stack on a model: it has a section of its own."""
+    return record.cell.model == KERNEL
 
 
 def groups(records: Iterable[Record]) -> list[tuple[tuple[Any, ...], list[Record]]]:
@@ -73,14 +79,16 @@ def winners(run: Run) -> list[Winner]:
     """Per model, workload and batch: the fastest that loses nothing, and the fastest in budget.
 
     Only stacks found faster than the baseline: where none is, the workload has no winner.
+    Kernels are no stacks.
     """
     rows = []
+    stacks = [r for r in run.records if not is_kernel(r)]
 
     def place(record: Record) -> tuple[str, str, int, str]:
         cell = record.cell
         return (cell.model, cell.workload, cell.batch, cell.device)
 
-    for _, found in groupby(sorted(run.records, key=place), place):
+    for _, found in groupby(sorted(stacks, key=place), place):
         cells = [r for r in found if not r.is_baseline and r.info.get("verdict") == "faster"]
         lossless = min((r for r in cells if keeps_quality(r)), key=seconds, default=None)
         fastest = min((r for r in cells if within_budget(r)), key=seconds, default=None)
