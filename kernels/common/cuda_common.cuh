@@ -50,6 +50,25 @@ template <class T, class F> __device__ inline void fill_row(T* y, int n, F f) {
     for (int i = done + threadIdx.x; i < n; i += blockDim.x) y[i] = T(f(i));
 }
 
+// y[i] = f(i, a[i], b[i]) for every element of a row; 16 bytes at a time where all are aligned.
+template <class T, class F> __device__ inline void zip_row(T* y, const T* a, const T* b, int n, F f) {
+    int done = 0;
+    if (aligned(y) && aligned(a) && aligned(b)) {
+        done = n / Pack<T>::size * Pack<T>::size;
+        for (int i = threadIdx.x * Pack<T>::size; i < done; i += blockDim.x * Pack<T>::size) {
+            const Pack<T> left = *reinterpret_cast<const Pack<T>*>(a + i);
+            const Pack<T> right = *reinterpret_cast<const Pack<T>*>(b + i);
+            Pack<T> pack;
+#pragma unroll
+            for (int u = 0; u < Pack<T>::size; ++u)
+                pack.at[u] = T(f(i + u, float(left.at[u]), float(right.at[u])));
+            *reinterpret_cast<Pack<T>*>(y + i) = pack;
+        }
+    }
+    for (int i = done + threadIdx.x; i < n; i += blockDim.x)
+        y[i] = T(f(i, float(a[i]), float(b[i])));
+}
+
 __device__ inline float warp_sum(float v) {
     for (int o = 16; o; o /= 2) v += __shfl_xor_sync(0xffffffffu, v, o);
     return v;
@@ -66,4 +85,12 @@ __device__ inline float block_sum(float v, float* partial) {
     if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = v;
     __syncthreads();
     return warp_sum(threadIdx.x % 32 < blockDim.x / 32 ? partial[threadIdx.x % 32] : 0.f);
+}
+
+// The largest over the block, in every thread, as block_sum.
+__device__ inline float block_max(float v, float* partial) {
+    v = warp_max(v);
+    if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = v;
+    __syncthreads();
+    return warp_max(partial[threadIdx.x % 32 < blockDim.x / 32 ? threadIdx.x % 32 : 0]);
 }

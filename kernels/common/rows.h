@@ -40,9 +40,10 @@ template <class T> inline float inverse_rms(const T* x, int64_t n, float eps) {
     return float(1. / std::sqrt(total / double(n) + eps));
 }
 
-// y[i] = f(i) over a row: `f` gives the LANES elements from i on, `g` gives one.
+// y[i] = f(i) over a row: `f` gives the LANES elements from i on, `g` gives one.  Who fills many
+// short rows fences once, after the last.
 template <class T, class F, class G>
-inline void fill_row(T* y, int64_t n, bool streamed, F f, G g) {
+inline void fill_row(T* y, int64_t n, bool streamed, F f, G g, bool fence = true) {
     int64_t i = 0;
     if (streamed && sizeof(T) == 4) {
         for (; i < n && reinterpret_cast<uintptr_t>(y + i) % 64; ++i) from_float(y + i, g(i));
@@ -58,7 +59,7 @@ inline void fill_row(T* y, int64_t n, bool streamed, F f, G g) {
     }
     for (; i + LANES <= n; i += LANES) store(y + i, f(i));
     for (; i < n; ++i) from_float(y + i, g(i));
-    if (streamed) stream_fence();
+    if (streamed && fence) stream_fence();
 }
 
 template <class T>

@@ -152,7 +152,12 @@ inline f32v larger(f32v a, f32v b) { return choose((i32v)(a > b), a, b); }
 
 // e^x to 1 unit in the last place; 0 below -103.98, infinity above 88.73, NaN stays NaN.
 inline f32v exponential(f32v x) {
+#if defined(__AVX512F__)  // of two operands, one a NaN, these give the second
+    const f32v bounded = (f32v)_mm512_min_ps(
+        (__m512)splat(89.f), _mm512_max_ps((__m512)splat(-104.f), (__m512)x));
+#else
     const f32v bounded = choose((i32v)(x > 89.f), splat(89.f), choose((i32v)(x < -104.f), splat(-104.f), x));
+#endif
     const f32v whole = (bounded * 1.44269504f + 12582912.f) - 12582912.f;  // to nearest
     f32v r = fma(whole, splat(-0.693359375f), bounded);
     r = fma(whole, splat(2.12194440e-4f), r);
@@ -163,10 +168,14 @@ inline f32v exponential(f32v x) {
     p = fma(p, r, splat(1.6666665459e-1f));
     p = fma(p, r, splat(5.0000001201e-1f));
     p = fma(p * r, r, r) + 1.f;
+#if defined(__AVX512F__)  // rounds once, below the smallest normal too
+    return (f32v)_mm512_scalef_ps((__m512)p, (__m512)whole);
+#else
     // 2^whole in two factors, so that results below the smallest normal come out right
     const i32v n = __builtin_convertvector(whole, i32v), half = n >> 1;
     const f32v result = p * (f32v)((half + 127) << 23) * (f32v)((n - half + 127) << 23);
     return choose((i32v)(x != x), x, result);
+#endif
 }
 inline float exponential(float x) { return exponential(splat(x))[0]; }
 inline f32v silu(f32v x) { return x / (1.f + exponential(-x)); }

@@ -1,7 +1,7 @@
 """Normalization over rows."""
 
 import torch
-from torch.nn.functional import rms_norm
+from torch.nn.functional import layer_norm, rms_norm
 
 from tests.kernel_cases import Case, Rival, Speed, bad, random
 
@@ -18,6 +18,11 @@ def _add_rms_norm(shape, dtype):
     return [x, random(*shape, seed=1, dtype=dtype), weight, eps]
 
 
+def _layer_norm(shape, dtype):
+    x, weight, _ = _rms_norm(shape, dtype)
+    return [x + 1, weight, random(shape[-1], seed=1, dtype=dtype), 1e-5]
+
+
 CASES = [
     Case("rms_norm", _rms_norm, ROWS, large=(300, 1111)),
     Case(
@@ -28,6 +33,7 @@ CASES = [
         row_args=(0, 1),
         short_argument=2,
     ),
+    Case("layer_norm", _layer_norm, ROWS[:-1], large=(300, 1111)),
 ]
 
 # 128 MB in fp32: the activations of 8192 tokens at a width of 4096, of 16384 at 2048; long rows
@@ -56,6 +62,13 @@ SPEEDS = [
         peers={"transformers_eager": Rival(_manual_rms_norm)},
     ),
     Speed("add_rms_norm", _add_rms_norm, SIZES, core=1, eager=Rival(_eager_add_rms_norm)),
+    Speed(
+        "layer_norm",
+        _layer_norm,
+        SIZES,
+        core=1,
+        eager=Rival(lambda x, weight, bias, eps: layer_norm(x, weight.shape, weight, bias, eps)),
+    ),
 ]
 
 r = random
@@ -69,6 +82,10 @@ BAD = [
         lambda: (r(3, 4).T, r(3), 1e-6)),
     bad("rms_norm", "uneven", "evenly spaced rows",
         lambda: (r(4, 3, 8)[:, :2], r(8), 1e-6)),
+    bad("layer_norm", "bias", r"needs a bias of shape \(4,\), not \(5,\)",
+        lambda: (r(2, 4), r(4), r(5), 1e-5)),
+    bad("layer_norm", "mixed", "needs weight and x alike",
+        lambda: (r(2, 4), r(4).half(), r(4), 1e-5)),
     bad("add_rms_norm", "residual", r"residual shaped like x \(2, 4\), not \(2, 5\)",
         lambda: (r(2, 4), r(2, 5), r(4), 1e-6)),
 ]  # fmt: skip
