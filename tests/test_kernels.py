@@ -324,7 +324,7 @@ def test_triton_compiles_within_its_limits(op, arch):
     kernel_tools.check_limits(built["version"], op, arch, built["usage"])
     wanted = CASES[op].mma.get(arch)
     for kernel, opcodes in built["opcodes"].items():
-        if wanted and "gemm" in kernel:
+        if wanted and re.search(CASES[op].mma_kernels, kernel):
             assert wanted in opcodes, f"{kernel} uses no {wanted} on {arch}, only {opcodes}"
 
 

@@ -7,6 +7,9 @@
 #ifndef DYNAMIC_SHARED
 #define DYNAMIC_SHARED(type, name) extern __shared__ __align__(16) type name[]
 #endif
+#ifdef __CUDACC_RTC__  // no math.h
+#define INFINITY __int_as_float(0x7f800000)
+#endif
 using bf16 = __nv_bfloat16;
 using f16 = __half;
 using int64 = long long;

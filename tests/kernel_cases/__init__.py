@@ -28,6 +28,7 @@ class Case:
     row_stable      a row's result has the same bits whatever stands in the other rows
     short_argument  the tensor argument that a bounds test shortens
     mma             the opcode that matrix kernels must have, per architecture
+    mma_kernels     a pattern of the names of those kernels
     """
 
     op: str
@@ -39,6 +40,7 @@ class Case:
     row_stable: bool = True
     short_argument: int = 1
     mma: dict[str, str] = field(default_factory=dict)
+    mma_kernels: str = "gemm"
     uses: str = "__syncthreads"
     shim_shapes: tuple = ((1, 64), (3, 301))
 

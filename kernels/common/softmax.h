@@ -1,0 +1,125 @@
+// Pieces of attention: exponentials of differences, and products of small blocks held in registers.
+#pragma once
+#include "dot.h"
+
+// e^x for x <= 0 or NaN; 0 for -infinity.  To 2 units in the last place, or within 1e-4, an eighth of
+// the rounding of the bf16 that it becomes.  decay(0) is 1.  Minimax polynomials.
+template <bool ROUGH = false> inline f32v decay(f32v x) {
+#if defined(__AVX512F__)
+    // 2^(whole + rest); the maximum keeps NaN (its second operand) and turns -infinity finite
+    const __m512 y = _mm512_max_ps(_mm512_set1_ps(-160.f), (__m512)(x * 1.44269504f));
+    const __m512 whole = _mm512_roundscale_ps(y, 8);
+    const f32v rest = (f32v)_mm512_sub_ps(y, whole);
+    f32v p;
+    if constexpr (ROUGH) {
+        p = fma(splat(5.500893126e-2f), rest, splat(2.422109678e-1f));
+        p = fma(p, rest, splat(6.932829281e-1f));
+    } else {
+        p = fma(splat(1.535336206e-4f), rest, splat(1.339887456e-3f));
+        p = fma(p, rest, splat(9.618437358e-3f));
+        p = fma(p, rest, splat(5.550332471e-2f));
+        p = fma(p, rest, splat(2.402264791e-1f));
+        p = fma(p, rest, splat(6.931472029e-1f));
+    }
+    p = fma(p, rest, splat(1.f));
+    return (f32v)_mm512_scalef_ps((__m512)p, whole);
+#else
+    return exponential(x);
+#endif
+}
+inline float decay(float x) { return decay(splat(x))[0]; }
+
+inline float largest(f32v v) {  // of numbers, or of numbers and -infinity
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)v);
+#else
+    float m = v[0];
+    for (int i = 1; i < LANES; ++i) m = v[i] > m ? v[i] : m;
+    return m;
+#endif
+}
+
+// A block's operands are arrays of 32-bit words: a float, or a pair of bf16 that neighbour one
+// another in the summed dimension.
+using Word = uint32_t;
+typedef Word word_v __attribute__((vector_size(4 * LANES)));
+
+struct Singles {
+    static constexpr int PER_WORD = 1;
+    static f32v mac(f32v acc, Word a, word_v b) {
+        return fma(splat(bit_cast<float>(a)), (f32v)b, acc);
+    }
+    template <class T> static void from(Word* to, const T* row, int64_t n) {  // n numbers
+        fill_row(reinterpret_cast<float*>(to), n, false, [&](int64_t i) { return load(row + i); },
+                 [&](int64_t i) { return to_float(row[i]); });
+    }
+};
+#if defined(__AVX512BF16__)
+struct Pairs {  // exact products, summed in fp32
+    static constexpr int PER_WORD = 2;
+    static f32v mac(f32v acc, Word a, word_v b) {
+        return (f32v)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(int(a)), (__m512bh)b);
+    }
+    static void from(Word* to, const bf16* row, int64_t n) {
+        if (n % 2) to[n / 2] = 0;
+        std::memcpy(to, row, n * sizeof(bf16));
+    }
+};
+#endif
+
+constexpr int VECS = LANES == 16 ? 4 : 2;   // columns of a tile, in vectors
+constexpr int PANEL = VECS * LANES;
+constexpr int TALL = 6;  // its rows: TALL * VECS sums, one row of b and one word of a fill the registers
+
+// c[r][n] = keep[r] * c[r][n] + sum_w a[r][w] b[w][n] for TALL rows and V vectors of n.
+template <class F, int V, bool KEEP>
+INLINED inline void tile(const Word* a, int64_t a_stride, const Word* b, int64_t b_stride,
+                         int64_t words, float* c, int64_t c_stride, const float* keep) {
+    f32v acc[TALL][V];
+    unrolled<TALL>([&](auto r) INLINED {
+        unrolled<V>([&](auto v) INLINED {
+            if constexpr (KEEP) acc[r][v] = load(c + r * c_stride + v * LANES) * keep[r];
+            else acc[r][v] = f32v{};
+        });
+    });
+    for (int64_t w = 0; w < words; ++w) {
+        word_v row[V];
+        unrolled<V>([&](auto v) INLINED { row[v] = load_as<word_v>(b + w * b_stride + v * LANES); });
+        unrolled<TALL>([&](auto r) INLINED {
+            const Word one = a[r * a_stride + w];
+            unrolled<V>([&](auto v) INLINED { acc[r][v] = F::mac(acc[r][v], one, row[v]); });
+        });
+    }
+    unrolled<TALL>([&](auto r) INLINED {
+        unrolled<V>([&](auto v) INLINED { store(c + r * c_stride + v * LANES, acc[r][v]); });
+    });
+}
+
+// The same for any multiple of LANES columns.
+template <class F, bool KEEP>
+inline void tiles(const Word* a, int64_t a_stride, const Word* b, int64_t b_stride, int64_t words,
+                  float* c, int64_t c_stride, int64_t columns, const float* keep) {
+    int64_t n = 0;
+    for (; n + PANEL <= columns; n += PANEL)
+        tile<F, VECS, KEEP>(a, a_stride, b + n, b_stride, words, c + n, c_stride, keep);
+    for (; n < columns; n += LANES)
+        tile<F, 1, KEEP>(a, a_stride, b + n, b_stride, words, c + n, c_stride, keep);
+}
+
+// to[w][n] = from[n][w] for n < rows and w < words, both rounded up to multiples of 4.
+inline void transpose(const Word* from, int64_t from_stride, int64_t rows, int64_t words, Word* to,
+                      int64_t to_stride) {
+    for (int64_t n = 0; n < rows; n += 4)
+        for (int64_t w = 0; w < words; w += 4) {
+#if defined(__SSE2__)
+            __m128 r[4];
+            for (int i = 0; i < 4; ++i) r[i] = load_as<__m128>(from + (n + i) * from_stride + w);
+            _MM_TRANSPOSE4_PS(r[0], r[1], r[2], r[3]);
+            for (int i = 0; i < 4; ++i) std::memcpy(to + (w + i) * to_stride + n, &r[i], 16);
+#else
+            for (int i = 0; i < 4; ++i)
+                for (int j = 0; j < 4; ++j)
+                    to[(w + i) * to_stride + n + j] = from[(n + j) * from_stride + w + i];
+#endif
+        }
+}
