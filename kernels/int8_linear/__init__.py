@@ -11,7 +11,8 @@ import torch
 
 from kernels import build
 from kernels.build import INT, LONG, POINTER, SUFFIX
-from kernels.op import Op, expect, rows_of
+from kernels.linears import allocating, empty_output, int8_checks, linear_flops
+from kernels.op import Op, rows_of
 
 from . import reference
 from .reference import quantize as quantize
@@ -19,27 +20,8 @@ from .reference import quantize as quantize
 NAME = "int8_linear"
 
 
-def _check(x, weight, scale, bias=None):
-    expect(x.dtype in SUFFIX, f"int8_linear takes x in float32, bfloat16 or float16, not {x.dtype}")
-    expect(weight.dim() == 2 and weight.dtype == torch.int8, "int8_linear needs an int8 weight "
-           f"(N, K), not {weight.dtype} {tuple(weight.shape)}; see quantize")  # fmt: skip
-    n, k = weight.shape
-    expect(x.dim() >= 1 and x.shape[-1] == k, f"int8_linear of a weight {(n, k)} needs x (..., "
-           f"{k}), not {tuple(x.shape)}")  # fmt: skip
-    for name, t in (("scale", scale), ("bias", bias)):
-        if t is not None:
-            expect(t.shape == (n,) and t.dtype == torch.float32 and t.is_contiguous(),
-                   f"int8_linear needs a contiguous float32 {name} of shape ({n},), not {t.dtype} "
-                   f"{tuple(t.shape)}")  # fmt: skip
-            expect(t.device == x.device, f"int8_linear needs {name} on {x.device}, not {t.device}")
-    expect(weight.is_contiguous(), "int8_linear needs a contiguous weight; call .contiguous()")
-    expect(weight.device == x.device, f"int8_linear needs weight on {x.device}, not "
-           f"{weight.device}")  # fmt: skip
-    rows_of(x, "x of int8_linear")
-
-
 def _fake(x, weight, scale, bias=None):
-    return torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
+    return empty_output(x, weight.shape[0])
 
 
 _ARGTYPES = (POINTER, LONG, POINTER, POINTER, POINTER, POINTER, LONG, LONG, LONG, INT)
@@ -65,26 +47,10 @@ def into_cuda(y, x, weight, scale, bias=None) -> None:
                  ctypes.c_int(k))  # fmt: skip
 
 
-def _allocating(into):
-    def implementation(x, weight, scale, bias=None):
-        y = _fake(x, weight, scale)
-        if y.numel():
-            into(y, x, weight, scale, bias)
-        return y
-
-    return implementation
-
-
-def _flops(x_shape, weight_shape, *_, out_shape=None, **__) -> int:
-    rows = 1
-    for size in x_shape[:-1]:
-        rows *= size
-    return 2 * rows * weight_shape[0] * weight_shape[1]
-
-
-_OP = Op(NAME, "(Tensor x, Tensor weight, Tensor scale, Tensor? bias=None) -> Tensor", check=_check,
-         fake=_fake, reference=reference.int8_linear, cpu=_allocating(into_cpu),
-         cuda=_allocating(into_cuda), flops=_flops)  # fmt: skip
+_OP = Op(NAME, "(Tensor x, Tensor weight, Tensor scale, Tensor? bias=None) -> Tensor",
+         check=int8_checks(NAME), fake=_fake, reference=reference.int8_linear,
+         cpu=allocating(into_cpu, _fake), cuda=allocating(into_cuda, _fake),
+         flops=linear_flops)  # fmt: skip
 
 
 def int8_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor,

@@ -1,0 +1,76 @@
+"""Linear layer with weights of four bits, a scale per group of inputs, activations in 16 or 32.
+
+Source: Frantar et al. 2024 (Marlin, weights stored in the order a kernel reads them),
+https://arxiv.org/abs/2408.11743
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from kernels import build
+from kernels.build import INT, LONG, POINTER, SUFFIX
+from kernels.linears import allocating, empty_output, group_of, int4_checks, linear_flops
+from kernels.op import Op, rows_of
+
+from . import reference
+from .reference import dequantize as dequantize
+from .reference import quantize as quantize
+
+NAME = "int4_linear"
+SCHEMA = "(Tensor x, Tensor packed, Tensor scale, int outputs, Tensor? bias=None) -> Tensor"
+ARGTYPES = (POINTER, LONG, POINTER, POINTER, POINTER, POINTER, LONG, LONG, LONG, LONG, INT)
+
+
+def _fake(x, packed, scale, outputs, bias=None):
+    return empty_output(x, outputs)
+
+
+def into_cpu(y, x, packed, scale, outputs, bias=None) -> None:
+    """Write y (..., N), contiguous."""
+    rows, stride = rows_of(x, "x of int4_linear")
+    function = build.cpu_function(NAME, "int4_linear_" + SUFFIX[x.dtype], ARGTYPES)
+    function(x.data_ptr(), stride, packed.data_ptr(), scale.data_ptr(),
+             None if bias is None else bias.data_ptr(), y.data_ptr(), rows, outputs, x.shape[-1],
+             group_of(packed, scale), torch.get_num_threads())  # fmt: skip
+
+
+def into_cuda(y, x, packed, scale, outputs, bias=None) -> None:
+    """Write y (..., N), contiguous: a block per 16 outputs, up to 4 rows of x at a time."""
+    rows, stride = rows_of(x, "x of int4_linear")
+    kernel = build.cuda_kernel(NAME, "int4_linear_" + SUFFIX[x.dtype], x.device.index or 0)
+    pointer = ctypes.c_void_p(0) if bias is None else bias
+    build.launch(kernel, (len(packed), -(-rows // 4)), 128, x, packed, scale, pointer, y,
+                 ctypes.c_int64(stride), ctypes.c_int(rows), ctypes.c_int(outputs),
+                 ctypes.c_int(x.shape[-1]), ctypes.c_int(group_of(packed, scale)))  # fmt: skip
+
+
+_OP = Op(NAME, SCHEMA, check=int4_checks(NAME), fake=_fake, reference=reference.int4_linear,
+         cpu=allocating(into_cpu, _fake), cuda=allocating(into_cuda, _fake),
+         flops=linear_flops)  # fmt: skip
+
+
+def int4_linear(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, outputs: int,
+                bias: torch.Tensor | None = None, *,
+                impl: str | None = None) -> torch.Tensor:  # fmt: skip
+    """y = x (scale * q)^T + bias, as exact as fp32 accumulation gives.
+
+    x        (..., K) fp32, bf16 or fp16; the last dimension dense, rows evenly spaced
+    packed   (ceil(N / 16), K / 8, 16) int32: ``quantize`` makes it and
+    scale    (ceil(N / 16), K / group, 16) bf16, a group of 32 or 128 inputs
+    outputs  N
+    bias     (N,) fp32 or None
+    Returns (..., N) in x's dtype.  Raises ``KernelError`` for anything else.
+    Helps at small batch, where the time is that of reading the weights: 4.5 bits each with groups
+    of 32, 4.125 with 128.  Does not at large batch, where widening costs and nothing is saved:
+    see ``int4_a8_linear``.
+    A row of a batch has the same bits as alone, on a CPU.
+    """
+    return _OP(x, packed, scale, outputs, bias, impl=impl)
+
+
+def bytes_moved(rows: int, n: int, k: int, itemsize: int, group: int = 32) -> int:
+    """Weights, scales and x read once, y written once."""
+    return n * k // 2 + 2 * n * (k // group) + rows * (k + n) * itemsize

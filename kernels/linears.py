@@ -1,0 +1,95 @@
+"""What the linear layers over packed weights share: checks of arguments, shapes, FLOPs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from .build import SUFFIX
+from .op import expect, rows_of
+
+
+def expect_linear(name: str, x: torch.Tensor, n: int, k: int, weights: dict[str, torch.Tensor],
+                  vectors: dict[str, torch.Tensor | None]) -> None:  # fmt: skip
+    """Refuse, for a layer of K inputs and N outputs, what no implementation takes.
+
+    x        (..., K) in fp32, bf16 or fp16, with evenly spaced dense rows
+    weights  contiguous, on x's device; their own shapes and dtypes are the caller's to check
+    vectors  contiguous fp32 (N,) on x's device, or None
+    Raises ``KernelError`` naming the argument and the remedy.
+    """
+    expect(x.dtype in SUFFIX, f"{name} takes x in float32, bfloat16 or float16, not {x.dtype}")
+    expect(x.dim() >= 1 and x.shape[-1] == k, f"{name} of a weight {(n, k)} needs x (..., {k}), "
+           f"not {tuple(x.shape)}")  # fmt: skip
+    for what, t in vectors.items():
+        if t is not None:
+            expect(t.shape == (n,) and t.dtype == torch.float32 and t.is_contiguous(),
+                   f"{name} needs a contiguous float32 {what} of shape ({n},), not {t.dtype} "
+                   f"{tuple(t.shape)}")  # fmt: skip
+            expect(t.device == x.device, f"{name} needs {what} on {x.device}, not {t.device}")
+    for what, t in weights.items():
+        expect(t.is_contiguous(), f"{name} needs a contiguous {what}; call .contiguous()")
+        expect(t.device == x.device, f"{name} needs {what} on {x.device}, not {t.device}")
+    rows_of(x, f"x of {name}")
+
+
+def int8_checks(name: str) -> Callable:
+    """``check(x, weight, scale, bias)`` of a layer over int8 weights (N, K), a scale an output."""
+
+    def check(x, weight, scale, bias=None):
+        expect(weight.dim() == 2 and weight.dtype == torch.int8, f"{name} needs an int8 weight "
+               f"(N, K), not {weight.dtype} {tuple(weight.shape)}; see quantize")  # fmt: skip
+        expect_linear(name, x, *weight.shape, {"weight": weight}, {"scale": scale, "bias": bias})
+
+    return check
+
+
+def int4_checks(name: str) -> Callable:
+    """``check(x, packed, scale, outputs, bias)`` of a layer over ``int4_linear.quantize``'s."""
+
+    def check(x, packed, scale, outputs, bias=None):
+        expect(packed.dim() == 3 and packed.shape[2] == 16 and packed.dtype == torch.int32,
+               f"{name} needs packed (N / 16, K / 8, 16) int32, not {packed.dtype} "
+               f"{tuple(packed.shape)}; see quantize")  # fmt: skip
+        blocks, octets, _ = packed.shape
+        group = group_of(packed, scale) if scale.dim() == 3 and scale.shape[1] else 0
+        expect(scale.dtype == torch.bfloat16
+               and (scale.shape == (blocks, octets * 8 // group, 16)
+                    if group in (32, 128) else scale.shape == (blocks, 0, 16) and not octets),
+               f"{name} needs scale ({blocks}, {octets * 8} / group, 16) bfloat16 of groups of 32 "
+               f"or 128, not {scale.dtype} {tuple(scale.shape)}; see quantize")  # fmt: skip
+        expect(-(-outputs // 16) == blocks, f"{name} of {blocks} blocks of 16 outputs has "
+               f"{max(0, 16 * blocks - 15)} to {16 * blocks} outputs, not {outputs}")  # fmt: skip
+        expect_linear(name, x, outputs, octets * 8, {"packed": packed, "scale": scale},
+                      {"bias": bias})  # fmt: skip
+
+    return check
+
+
+def group_of(packed: torch.Tensor, scale: torch.Tensor) -> int:
+    """The inputs that share a scale, of ``int4_linear.quantize``'s tensors; 32 without inputs."""
+    return packed.shape[1] * 8 // scale.shape[1] if scale.shape[1] else 32
+
+
+def empty_output(x: torch.Tensor, n: int) -> torch.Tensor:
+    """y (..., N) for x (..., K), contiguous, in its dtype."""
+    return torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
+
+
+def allocating(into: Callable, fake: Callable) -> Callable:
+    """``implementation(*args)`` that runs ``into(y, *args)`` on an output it makes by ``fake``."""
+
+    def implementation(*args):
+        y = fake(*args)
+        if y.numel():
+            into(y, *args)
+        return y
+
+    return implementation
+
+
+def linear_flops(x_shape, *_, out_shape=None, **__) -> int:
+    """2 M N K of x (..., K) and an output (..., N)."""
+    return 2 * math.prod(x_shape) * out_shape[-1]

@@ -1,0 +1,104 @@
+"""Weights of four bits: how they are stored, and what int8 activations cost beside them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from kernels.int4_a8_linear import int4_a8_linear
+from kernels.int4_a8_linear.reference import quantize_groups
+from kernels.int4_linear import dequantize, quantize
+from kernels.int4_linear.reference import pack, unpack
+from kernels.op import KernelError
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def sqnr_db(got: torch.Tensor, exact: torch.Tensor) -> float:
+    """Signal to quantization noise, in dB."""
+    return 20 * math.log10(exact.norm() / (got.double() - exact).norm())
+
+
+def test_every_level_is_stored_and_read_at_its_place():
+    q = torch.randint(-8, 8, (21, 64), generator=torch.Generator().manual_seed(1)).to(torch.int8)
+    packed = pack(q)
+    assert packed.shape == (2, 8, 16)
+    assert packed.nbytes == 32 * 64 // 2
+    assert torch.equal(unpack(packed)[:21], q)
+    assert not unpack(packed)[21:].any()
+
+
+@pytest.mark.parametrize(("group", "bits"), [(32, 4.5), (128, 4.125)])
+def test_weights_take_four_bits_and_their_share_of_a_scale(group, bits):
+    packed, scale = quantize(normal(64, 256), group)
+    assert (packed.nbytes + scale.nbytes) * 8 == bits * 64 * 256
+
+
+@pytest.mark.parametrize(("group", "least_db"), [(32, 21), (128, 19.5)])
+def test_weights_are_as_near_as_sixteen_levels_allow(group, least_db):
+    weight = normal(64, 512)
+    q = dequantize(*quantize(weight, group), 64)
+    assert sqnr_db(q, weight.double()) > least_db
+    # rounding to the nearest with the largest weight at a level is worse
+    blocks = weight.view(64, -1, group)
+    scale = blocks.abs().amax(-1, keepdim=True) / 7
+    plain = ((blocks / scale).round() * scale).flatten(1)
+    assert sqnr_db(q, weight.double()) > sqnr_db(plain, weight.double()) + 0.5
+
+
+def test_zeros_and_single_weights_survive():
+    weight = torch.zeros(3, 64)
+    weight[1, 40], weight[2, 3] = 5.0, -1e-20
+    back = dequantize(*quantize(weight, 32), 3)
+    assert torch.equal(back == 0, weight == 0)
+    assert torch.allclose(back, weight, rtol=2**-8, atol=0)  # a scale in bf16
+
+
+@pytest.mark.parametrize(("weight", "group", "sentence"), [
+    (torch.zeros(4, 64), 64, "groups of 32 or 128, not 64"),
+    (torch.zeros(4, 96), 128, "groups of 128 do not divide 96 inputs; take 32"),
+    (torch.full((4, 32), math.nan), 32, "infinities or NaN; quantize finite ones"),
+])  # fmt: skip
+def test_bad_weights_are_one_sentence(weight, group, sentence):
+    with pytest.raises(KernelError, match=sentence):
+        quantize(weight, group)
+
+
+def outlying(x: torch.Tensor) -> torch.Tensor:
+    """A channel 100 times the others, as in language models."""
+    x = x.clone()
+    x[:, 7] *= 100
+    return x
+
+
+@pytest.mark.parametrize("group", [32, 128])
+@pytest.mark.parametrize("shape", ["even", "outlying"])
+def test_int8_activations_cost_at_most_their_rounding(group, shape):
+    """Against fp64 of the dequantized weights: half a step of each activation; 42 dB of normals."""
+    x, weight = normal(9, 512, seed=2), normal(48, 512, seed=3)
+    x = outlying(x) if shape == "outlying" else x
+    packed, scale = quantize(weight, group)
+    dequantized = dequantize(packed, scale, 48, torch.float64)
+    exact = x.double() @ dequantized.T
+    got = int4_a8_linear(x, packed, scale, 48)
+    _, step = quantize_groups(x, 512 // group)
+    each = step.double().repeat_interleave(group, -1) / 2  # (9, 512)
+    rounding = 2**-20 * (x.double().abs() @ dequantized.abs().T)  # of fp32 sums
+    assert ((got.double() - exact).abs() <= each @ dequantized.abs().T + rounding).all()
+    assert shape == "outlying" or sqnr_db(got, exact) > 42
+
+
+def test_a_scale_per_group_confines_an_outlier():
+    """With one scale for the row every other channel pays for it."""
+    x, weight = outlying(normal(9, 512, seed=2)), normal(48, 512, seed=3)
+    weight[:, 7] = 0  # what is left of the output comes from the others
+    packed, scale = quantize(weight, 32)
+    exact = x.double() @ dequantize(packed, scale, 48, torch.float64).T
+    step = x.abs().amax(1, keepdim=True) / 127
+    per_row = (x / step).round() * step
+    row = per_row.double() @ dequantize(packed, scale, 48, torch.float64).T
+    assert sqnr_db(int4_a8_linear(x, packed, scale, 48), exact) > sqnr_db(row, exact) + 10
