@@ -38,8 +38,8 @@ def kernels(run: Run) -> str:
         "One operation at a time, at the shapes of real layers: element-wise ones on at least "
         "128 MB, linear layers on weights that no cache holds. Bytes are each operand's once, "
         "whatever the code really moves; the ceiling is the larger of bytes / bandwidth (of the "
-        "copy probe where as much is written as read, of the read probe otherwise) and FLOPs / "
-        "GEMM rate, all measured in this run."
+        "copy probe for what is written and as much that is read, of the read probe for the rest) "
+        "and FLOPs / GEMM rate, all measured in this run."
     )
     return section("kernels", "Kernels", lead, roofline(run, records)
                    + table(HEAD, rows, range(1, len(HEAD)), "kernels"))  # fmt: skip

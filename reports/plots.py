@@ -284,7 +284,9 @@ def kernel_roofline(
             axes.text(right, peak / 1e9, f"{dtype} {peak / 1e9:.0f} GFLOP/s", ha="right",
                       va="bottom", fontsize=7.5, color=COLOR["soft"])  # fmt: skip
         for x, y, number, record in points:
-            color = {"memory": "accent", "compute": "slower"}.get(str(record.info.get("bound")), "soft")
+            color = {"memory": "accent", "compute": "slower"}.get(
+                str(record.info.get("bound")), "soft"
+            )
             axes.plot([x], [y], marker="o", markersize=9, color=COLOR[color], alpha=0.85)
             axes.text(x, y, str(number), ha="center", va="center_baseline", fontsize=6.5,
                       color=COLOR["card"], fontweight="bold")  # fmt: skip

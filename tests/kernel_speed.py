@@ -320,7 +320,7 @@ def _measure(cell: KernelCell, bench: Callable[..., Any], device: str) -> None:
     peer, told = best_peer(speed, given, wanted)
     if peer is not None:
         rivals[peer] = speed.peers[peer]
-    del first, wanted
+    del first
 
     def side(name: str) -> Callable[[Input], Any]:
         rival = rivals[name]
@@ -330,7 +330,7 @@ def _measure(cell: KernelCell, bench: Callable[..., Any], device: str) -> None:
         {"peer": peer} if peer else {}
     )
     on_gpu = device.startswith("cuda")
-    weights = nbytes(given[0].args[1:]) if speed.traffic == "read" else None
+    weights = nbytes(given[0].args[1:]) if speed.weights else None
     bench(
         sides={"variant": lambda x: call(*x.args)} | {at: side(n) for at, n in names.items()},
         inputs=given,
@@ -345,7 +345,7 @@ def _measure(cell: KernelCell, bench: Callable[..., Any], device: str) -> None:
         flops=speed.flops(cell.shape, given[0].args),
         compute_dtype=speed.compute,
         working_set=len(given) * nbytes(given[0].args) + sum(y.nbytes for y in buffers),
-        traffic=speed.traffic,
+        bytes_written=sum(y.nbytes for y in wanted),
         weight_bytes=weights,
         change=change,
         outputs=[y for y in buffers if y.is_floating_point()],

@@ -127,7 +127,9 @@ def test_bytes_and_flops_are_the_operations_own():
     assert asked["bytes_moved"] == rms_norm.bytes_moved(40, 64, 4)
     assert asked["flops"] == rms_norm.flops(40, 64)
     assert measured(LINEAR)["flops"] == 2 * 3 * 32 * 64, "the formula torch knows"
-    assert (asked["traffic"], measured(LINEAR)["traffic"]) == ("copy", "read")
+    assert asked["bytes_written"] == 40 * 64 * 4
+    assert asked["weight_bytes"] is None
+    assert measured(LINEAR)["weight_bytes"] == 32 * 64 + 4 * 32
 
 
 def test_a_changed_input_changes_the_answer_and_back():

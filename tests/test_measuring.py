@@ -48,11 +48,13 @@ def test_the_larger_of_bytes_and_flops_bounds():
     assert ceilings.compute_rate("fp32")[0] == 1e12, "fp32 work may not"
 
 
-def test_element_wise_work_is_held_to_the_copy_probe():
+def test_what_is_written_is_held_to_the_copy_probe():
     ceilings, dram = made_up(), 256 << 20
     assert ceilings.limit(8e9, None, "fp32", dram).seconds == pytest.approx(0.8)
-    assert ceilings.limit(8e9, None, "fp32", dram, "copy").seconds == pytest.approx(1.0)
-    in_cache = ceilings.limit(8e9, None, "fp32", 1 << 20, "copy")
+    assert ceilings.limit(8e9, None, "fp32", dram, 4e9).seconds == pytest.approx(1.0)
+    two_reads_a_write = ceilings.limit(12e9, None, "fp32", dram, 4e9)
+    assert two_reads_a_write.seconds == pytest.approx(1.0 + 0.4)
+    in_cache = ceilings.limit(8e9, None, "fp32", 1 << 20, 4e9)
     assert in_cache.seconds == pytest.approx(0.08), "a copy beyond the caches is no limit inside"
 
 

@@ -152,12 +152,26 @@ inline f32v larger(f32v a, f32v b) { return choose((i32v)(a > b), a, b); }
 
 // e^x to 1 unit in the last place; 0 below -103.98, infinity above 88.73, NaN stays NaN.
 inline f32v exponential(f32v x) {
-#if defined(__AVX512F__)  // of two operands, one a NaN, these give the second
+#if defined(__AVX512F__)
+    // e^x = 2^(n/16) e^r: a table of 2^(j/16), j = n mod 16, and an r so small that four terms do
+    const __m512 power = _mm512_setr_ps(
+        1.f, 1.04427373f, 1.09050775f, 1.13878858f, 1.18920708f, 1.24185777f, 1.29683959f,
+        1.35425556f, 1.41421354f, 1.47682619f, 1.54221082f, 1.61049032f, 1.68179286f, 1.75625217f,
+        1.8340081f, 1.91520655f);
+    // of two operands, one a NaN, these give the second
     const f32v bounded = (f32v)_mm512_min_ps(
         (__m512)splat(89.f), _mm512_max_ps((__m512)splat(-104.f), (__m512)x));
+    const f32v shifted = fma(bounded, splat(23.0831206f), splat(12582912.f));
+    const f32v n = shifted - 12582912.f;  // to nearest; its low bits are shifted's
+    f32v r = fma(n, splat(-0.0433216989f), bounded);
+    r = fma(n, splat(1.19040895e-10f), r);
+    f32v p = fma(r, splat(1.66666672e-1f), splat(0.5f));
+    p = fma(p * r, r, r);
+    const f32v factor = (f32v)_mm512_permutexvar_ps((__m512i)shifted, power);
+    // 2^floor(n/16): rounds once, below the smallest normal too
+    return (f32v)_mm512_scalef_ps((__m512)fma(factor, p, factor), (__m512)(n * 0.0625f));
 #else
     const f32v bounded = choose((i32v)(x > 89.f), splat(89.f), choose((i32v)(x < -104.f), splat(-104.f), x));
-#endif
     const f32v whole = (bounded * 1.44269504f + 12582912.f) - 12582912.f;  // to nearest
     f32v r = fma(whole, splat(-0.693359375f), bounded);
     r = fma(whole, splat(2.12194440e-4f), r);
@@ -168,9 +182,6 @@ inline f32v exponential(f32v x) {
     p = fma(p, r, splat(1.6666665459e-1f));
     p = fma(p, r, splat(5.0000001201e-1f));
     p = fma(p * r, r, r) + 1.f;
-#if defined(__AVX512F__)  // rounds once, below the smallest normal too
-    return (f32v)_mm512_scalef_ps((__m512)p, (__m512)whole);
-#else
     // 2^whole in two factors, so that results below the smallest normal come out right
     const i32v n = __builtin_convertvector(whole, i32v), half = n >> 1;
     const f32v result = p * (f32v)((half + 127) << 23) * (f32v)((n - half + 127) << 23);

@@ -105,12 +105,12 @@ class Speed:
     """How one operation is timed: real shapes, and what a user of torch would run instead.
 
     make       ``make(shape, dtype) -> args``, seeded
-    shapes     real ones, each with its meaning beside it; the first is all that ``smoke`` takes
+    shapes     real ones, each with its meaning beside it; the first is all that ``smoke`` takes.
+               Element-wise work moves 128 MB or more
     core       how many of them, from the first, ``core`` takes: those of decoding
     eager      the baseline; it is also what torch.compile gets
     peers      name -> the same work by a library; the fastest that agrees stands in the record
-    traffic    the probe that limits its bytes: ``copy`` where as much is written as read (at
-               least 128 MB, into outputs allocated before), ``read`` where weights are only read
+    weights    whether the arguments after the first are weights, which a step only reads
     compute    the precision whose matrix rate limits it, where that is not the inputs'
     rows       ``rows(*shape)``: the cell's batch
     closeness  SQNR in dB that eager and peers must reach against the operation, or None: exact
@@ -122,7 +122,7 @@ class Speed:
     core: int
     eager: Rival
     peers: dict[str, Rival] = field(default_factory=dict)
-    traffic: str = "copy"
+    weights: bool = False
     compute: str | None = None
     rows: Callable = lambda *shape: shape[0]
     closeness: float | None = 20.0

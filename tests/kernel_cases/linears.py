@@ -93,10 +93,10 @@ PEERS = {
 }
 SPEEDS = [
     Speed("int8_linear", _timed_linear, LAYERS, core=4, eager=Rival(linear, _dequantized()),
-          peers=PEERS, traffic="read"),
+          peers=PEERS, weights=True),
     Speed("w8a8_linear", _timed_linear, LAYERS, core=4, eager=Rival(linear, _dequantized()),
           peers={**PEERS, "onednn_dynamic_int8": Rival(_dynamic_int8_linear, _dynamic_int8)},
-          traffic="read", compute="int8"),
+          weights=True, compute="int8"),
 ]  # fmt: skip
 
 r = random

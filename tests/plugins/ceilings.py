@@ -89,15 +89,20 @@ class Ceilings:
         best = max(found or gemm.values(), key=lambda p: p["flops_per_s"])
         return best["flops_per_s"], best["spread"]
 
-    def byte_rate(self, working_set: float, traffic: str = "read") -> tuple[float, float]:
-        """(bytes/s, spread) of the probe that moves bytes as the cell does.
+    def byte_seconds(
+        self, moved: float, working_set: float, written: float = 0.0
+    ) -> tuple[float, float]:
+        """(least seconds, spread) to move so many bytes, ``written`` of them to memory.
 
-        ``read``: weights are only read.  ``copy``: as much is written as read (element-wise work);
-        a working set that fits the caches is still held to their read bandwidth.
+        What is written goes, with as much that is read, at the copy probe's rate, the rest at the
+        read probe's.  In a working set that fits the caches all of it is held to theirs.
         """
-        if traffic == "copy" and self.is_dram(working_set):
-            return self.copy_rate()
-        return self.read_rate(working_set)
+        rate, spread = self.read_rate(working_set)
+        copied = min(2 * written, moved) if self.is_dram(working_set) else 0.0
+        if not copied:
+            return moved / rate, spread
+        copy_rate, copy_spread = self.copy_rate()
+        return (moved - copied) / rate + copied / copy_rate, max(spread, copy_spread)
 
     def limit(
         self,
@@ -105,13 +110,13 @@ class Ceilings:
         flops: float | None,
         dtype: str,
         working_set: float,
-        traffic: str = "read",
+        written: float = 0.0,
     ) -> Limit | None:
         """The limit of a call; None when neither its bytes nor its FLOPs are known."""
         limits = []
         if bytes_moved:
-            rate, spread = self.byte_rate(working_set, traffic)
-            limits.append(Limit(bytes_moved / rate, "memory", spread))
+            seconds, spread = self.byte_seconds(bytes_moved, working_set, written)
+            limits.append(Limit(seconds, "memory", spread))
         if flops:
             rate, spread = self.compute_rate(dtype)
             limits.append(Limit(flops / rate, "compute", spread))

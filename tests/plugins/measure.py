@@ -64,7 +64,7 @@ class Bench:
         flops: float | None = None,
         compute_dtype: str | None = None,
         working_set: float | None = None,
-        traffic: str = "read",
+        bytes_written: float = 0.0,
         predicted_speedup: float | None = None,
         context: dict[str, int | None] | None = None,
         load_s: float | None = None,
@@ -98,7 +98,7 @@ class Bench:
         bytes_moved, flops      least traffic and arithmetic of one call, from shapes
         compute_dtype, working_set   whose ceilings apply; default: the cell's precision, and the
                     resident weights and cache, or ``bytes_moved``
-        traffic     'read' or 'copy': whose bandwidth limits the bytes
+        bytes_written   of bytes_moved: they are held to the copy probe, the others to the read one
         tokens_per_call, requests_per_call   for the rates; output tokens (prefill: prompt tokens)
         stream      ``stream(input, on_token)``: the variant's call again, timed token by token
         change      gives an input new content in place, returns what undoes it
@@ -199,7 +199,7 @@ class Bench:
         resident = (info["weight_bytes"] or 0) + (info["kv_bytes"] or 0)
         self._limit(
             info, seconds, compute_dtype or cell["precision"],
-            working_set or resident or bytes_moved or 1, traffic,
+            working_set or resident or bytes_moved or 1, bytes_written,
         )  # fmt: skip
         info = schema.nulls(info)
         if self.study.trace_folder is not None:
@@ -238,16 +238,16 @@ class Bench:
         agree(again, x)
 
     def _limit(
-        self, info: dict[str, Any], seconds: float, dtype: str, working_set: float, traffic: str
+        self, info: dict[str, Any], seconds: float, dtype: str, working_set: float, written: float
     ) -> None:
         """Fill limit, mfu and mbu; faster than the limit is a failure."""
         ceilings, moved, flops = self.study.ceilings, info["bytes_moved"], info["flops"]
-        limit = ceilings.limit(moved, flops, dtype, working_set, traffic)
+        limit = ceilings.limit(moved, flops, dtype, working_set, written)
         if limit is None:
             return
         if limit.beaten_by(seconds):
             ceilings.probe_again(working_set, (dtype,))
-            limit = ceilings.limit(moved, flops, dtype, working_set, traffic)
+            limit = ceilings.limit(moved, flops, dtype, working_set, written)
             assert limit is not None
         fraction = limit.seconds / seconds
         if limit.beaten_by(seconds):
@@ -260,7 +260,7 @@ class Bench:
         if flops:
             info["mfu"] = flops / seconds / ceilings.compute_rate(dtype)[0]
         if moved and ceilings.is_dram(working_set):
-            info["mbu"] = moved / seconds / ceilings.byte_rate(working_set, traffic)[0]
+            info["mbu"] = ceilings.byte_seconds(moved, working_set, written)[0] / seconds
 
     def _file(self, info: dict[str, Any], rounds: Rounds) -> Record:
         """Journal the record, then replay the samples into pytest-benchmark: the last step."""
