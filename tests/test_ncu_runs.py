@@ -16,7 +16,7 @@ import torch
 from impl.core import StudyError
 from ncu import __main__ as cli
 from ncu import command, fallback, result, run
-from tests.inner import ROOT
+from tests.inner import ROOT, Run
 from tests.ncu_input import FFMA, as_csv, kernel, node
 from tests.plugins import ncu as plugin
 
@@ -354,6 +354,17 @@ def test_the_profiler_of_torch_writes_a_trace(tmp_path, monkeypatch):
         plugin._traced(lambda: torch.ones(3).add(1), tmp_path / "t.json")
     assert "aten::add" in (tmp_path / "t.json").read_text()
     assert fallback.events(tmp_path / "t.json") == []
+
+
+def test_a_cell_reaches_the_region_only_when_it_is_right(tmp_path):
+    facts = tmp_path / "facts"
+    environment = {"NCU_CHILD": "1", "NCU_FACTS": str(facts)}
+    ran = Run(tmp_path, "cheats.py", "--benchmark-disable", "-k", "zeros", **environment)
+    assert ran.code == 1
+    assert not facts.exists(), "a wrong cell was profiled"
+    ran = Run(tmp_path, "cheats.py", "--benchmark-disable", "-k", "honest_a_a", **environment)
+    assert ran.code == 0, ran.text
+    assert json.loads(facts.read_text())["device"] == "cpu"
 
 
 def test_a_job_that_requires_ncu_fails_without_it(tmp_path):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from reports import schema
-from tests.plugins import machine, memory, sampler, tokens, trace
+from tests.plugins import machine, memory, ncu, sampler, tokens, trace
 from tests.plugins.journal import entry_of
 from tests.plugins.sampler import Call, DoesNotFit, Host, Limits, Rounds
 from tests.plugins.study import SEED, Study
@@ -142,6 +142,8 @@ class Bench:
                     f"its budget is {metric['budget']}"
                 )
         if not self.study.enabled:
+            ncu.measured(lambda: variant(inputs[0]), cell["device"],
+                         bytes_moved=bytes_moved, flops=flops)  # fmt: skip
             return self.benchmark.pedantic(lambda: Record(info))
 
         # 4: memory, the variant alone
