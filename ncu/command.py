@@ -91,18 +91,21 @@ def argv(
     sections: Sequence[str],
     metrics: Sequence[str],
     extra: Sequence[str] = (),
+    any_thread: bool = False,
 ) -> list[str]:
     """ncu around one test; writes ``report`` (.ncu-rep) and a log beside it.
 
-    ``sections`` empty means ncu's full set; ``extra`` are pytest's arguments.
+    ``sections`` empty means ncu's full set; ``extra`` are pytest's arguments.  A push/pop range
+    holds the launches of its own thread: ``any_thread`` takes all between profiler start and stop.
     """
+    where = [] if any_thread else ["--nvtx", "--nvtx-include", f"{RANGE}/"]  # /: a push/pop range
     what = [word for section in sections for word in ("--section", section)] or ["--set", "full"]
     if metrics:
         what += ["--metrics", ",".join(metrics)]
     return [
         ncu,
         *("--target-processes", "application-only"),
-        *("--nvtx", "--nvtx-include", f"{RANGE}/"),  # the slash: a push/pop range
+        *where,
         *("--profile-from-start", "off"),
         *("--replay-mode", "kernel", "--graph-profiling", "node"),
         *("--clock-control", "none", "--cache-control", "all"),

@@ -47,7 +47,7 @@ def module(ncu: str | None = None) -> Any:
         sys.path.insert(0, str(folder))
         try:
             return importlib.import_module("ncu_report")
-        except (ImportError, OSError):
+        except Exception:  # built for another Python, or half an installation
             continue
         finally:
             sys.path.remove(str(folder))

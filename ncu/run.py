@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -115,66 +115,103 @@ def facts_of(path: Path) -> dict[str, Any] | None:
         return None
 
 
+@dataclass
+class Attempt:
+    """What the last call of ncu on a test left, and what had to be changed to get there."""
+
+    raw: Path
+    names: list[str]
+    dropped: list[str] = field(default_factory=list)
+    any_thread: bool = False
+    late: bool = False
+    said: str = ""  # ncu's log, then what the test printed
+    reached: dict[str, Any] | None = None
+
+    @property
+    def output(self) -> Path:
+        """Where the test's own words are."""
+        return self.raw.with_suffix(".out")
+
+    def call(self, node: Node, plan: Plan, sections: Sequence[str]) -> None:
+        """Run ncu once; nothing of an earlier call is left to be taken for this one's."""
+        facts, log = self.raw.with_suffix(".facts.json"), self.raw.with_suffix(".log")
+        for old in (self.raw, log, facts, self.output):
+            old.unlink(missing_ok=True)
+        argv = command.argv(str(plan.ncu), node["nodeid"], self.raw, sections, self.names,
+                            plan.extra, any_thread=self.any_thread)  # fmt: skip
+        self.raw.with_suffix(".cmd").write_text("\n".join(argv) + "\n")
+        env = command.environment(os.environ, facts)
+        self.late = call(argv, env, plan.timeout, self.output)
+        self.said = text_of(log) + "\n" + text_of(self.output)
+        self.reached = facts_of(facts)
+
+    def mended(self) -> bool:
+        """Whether there is something to change before another call: unknown counters go, then the
+        range, which holds only the launches of its own thread."""
+        if self.late or command.launches(self.said):
+            return False
+        if not self.dropped and (unknown := command.refused(self.said, self.names)):
+            self.dropped = unknown
+            self.names = [name for name in self.names if name not in unknown]
+            return True
+        if self.any_thread or command.judge(self.said, 0).word != "no kernels":
+            return False
+        self.any_thread = on_gpu(self.reached)
+        return self.any_thread
+
+
 def profile(node: Node, plan: Plan, capability: metrics.Capability | None) -> dict[str, Any]:
     """One test under ncu; its result, whatever the outcome."""
-    start, name, ncu = time.monotonic(), slug(node["nodeid"]), plan.ncu
-    assert ncu is not None
-    raw = plan.out / "raw" / f"{name}.ncu-rep"
-    facts, output = raw.with_suffix(".facts.json"), raw.with_suffix(".out")
+    start = time.monotonic()
     sections, names = metrics.chosen(plan.which, capability)
-    dropped: list[str] = []
-    for _ in range(2):  # once more without the counters that this ncu does not know
-        for old in (raw, raw.with_suffix(".log"), facts, output):
-            old.unlink(missing_ok=True)
-        argv = command.argv(ncu, node["nodeid"], raw, sections, names, plan.extra)
-        raw.with_suffix(".cmd").write_text("\n".join(argv) + "\n")
-        late = call(argv, command.environment(os.environ, facts), plan.timeout, output)
-        said = text_of(raw.with_suffix(".log")) + "\n" + text_of(output)
-        unknown = command.refused(said, names)
-        if not unknown or late or command.launches(said):
-            break
-        dropped += unknown
-        names = [name for name in names if name not in unknown]
+    attempt = Attempt(plan.out / "raw" / f"{slug(node['nodeid'])}.ncu-rep", names)
+    attempt.call(node, plan, sections)
+    while attempt.mended():
+        attempt.call(node, plan, sections)
     rows: list[report.Row] = []
     reader, problem = None, ""
     try:
-        rows, reader = report.rows(raw, ncu, command.launches(said))
+        rows, reader = report.rows(attempt.raw, plan.ncu, command.launches(attempt.said))
     except StudyError as error:
         problem = str(error)
-    outcome = command.judge(said, len(rows), late, plan.timeout)
-    reached = facts_of(facts)
+    attempt.raw.with_suffix(".rows.json").write_text(json.dumps(rows, indent=1))
+    outcome = command.judge(attempt.said, len(rows), attempt.late, plan.timeout)
     chip = report.capability_of(rows) or capability
-    found = kernels(rows, chip, names)
-    about = (reached or {}).get("bytes_moved"), (reached or {}).get("flops")
+    found, facts = kernels(rows, chip, attempt.names), attempt.reached or {}
+    whole = len(rows) < command.MOST_LAUNCHES
     return result(
-        node, explained(outcome, reached, text_of(output), problem, dropped),
-        counters=bool(rows), verdict=sentence(found) if outcome.profiled else "",
-        device=device_of(rows, chip), tool=command.version(ncu), reader=reader,
+        node, explained(outcome, attempt, problem), counters=bool(rows),
+        verdict=sentence(found) if outcome.profiled else "", device=device_of(rows, chip),
+        tool=command.version(str(plan.ncu)), reader=reader,
         seconds=round(time.monotonic() - start, 1), launches=len(rows),
-        most=command.MOST_LAUNCHES, bytes_moved=about[0], flops=about[1],
-        traffic=traffic(rows, about[0]) if len(rows) < command.MOST_LAUNCHES else None,
-        kernels=found,
+        most=command.MOST_LAUNCHES, bytes_moved=facts.get("bytes_moved"), flops=facts.get("flops"),
+        traffic=traffic(rows, facts.get("bytes_moved")) if whole else None, kernels=found,
     )  # fmt: skip
 
 
-def explained(
-    outcome: Outcome, reached: Any, output: str, problem: str, dropped: Sequence[str]
-) -> Outcome:
+def on_gpu(reached: Mapping[str, Any] | None) -> bool:
+    """Whether a test came to its measured call, on a GPU."""
+    return str((reached or {}).get("device", "")).startswith("cuda")
+
+
+def explained(outcome: Outcome, attempt: Attempt, problem: str) -> Outcome:
     """The outcome with what only this run knows: pytest's words, an unreadable file."""
-    why = outcome.why
+    why, reached = outcome.why, attempt.reached
     if outcome.word == "test failed":
-        why = f"the test fails under ncu: {tail(output)}"
+        why = f"the test fails under ncu: {tail(text_of(attempt.output))}"
     elif outcome.word == "no kernels" and reached is None:
-        why = f"the test did not reach its measured call: {tail(output)}"
-    elif outcome.word == "no kernels" and not str(reached.get("device", "")).startswith("cuda"):
-        why = f"the measured call ran on {reached.get('device')}: nothing to profile"
+        why = f"the test did not reach its measured call: {tail(text_of(attempt.output))}"
+    elif outcome.word == "no kernels" and not on_gpu(reached):
+        why = f"the measured call ran on {(reached or {}).get('device')}: nothing to profile"
     elif outcome.word == "not permitted" and (said := command.restricted()):
         why += f" ({said})"
     elif not outcome.profiled and problem:
         why += f"; {problem}"
-    if dropped:
+    elif outcome.profiled and attempt.any_thread:
+        why = "launched by threads other than the caller's"
+    if attempt.dropped:
         why = f"{why}; " if why else ""
-        why += f"this ncu does not know {', '.join(dropped)}, which were left out"
+        why += f"this ncu does not know {', '.join(attempt.dropped)}, which were left out"
     return Outcome(outcome.word, why)
 
 
@@ -210,6 +247,22 @@ def without_counters(node: Node, plan: Plan, outcome: Outcome) -> dict[str, Any]
     )  # fmt: skip
 
 
+def describe_machine(plan: Plan) -> None:
+    """What one needs to know when a run far away went wrong, in raw/machine.txt."""
+    reader = report.module(plan.ncu)
+    torch = [sys.executable, "-c", "import torch; print(torch.__version__, torch.version.cuda)"]
+    words = {
+        "ncu": f"{plan.ncu} {command.version(plan.ncu) if plan.ncu else ''}",
+        "reader": getattr(reader, "__file__", "none: CSV"),
+        "counters": command.restricted() or "the driver says nothing of who may read them",
+        "torch": command.asked(torch, 60.0).strip(),
+        "capabilities": "".join(re.findall(r"CapEff.*", text_of(Path("/proc/self/status")))),
+        "nvidia-smi": "\n" + command.asked(["nvidia-smi"]),
+    }
+    text = "\n".join(f"{key}: {value}" for key, value in words.items())
+    (plan.out / "raw" / "machine.txt").write_text(text + "\n")
+
+
 def run(nodes: Sequence[Node], plan: Plan, say: Callable[[str], None] = print) -> int:
     """Profile every test; 0 when every one that could run was, and there was one, else 1.
 
@@ -218,6 +271,7 @@ def run(nodes: Sequence[Node], plan: Plan, say: Callable[[str], None] = print) -
     Once counters are barred for good, the rest go to torch's profiler without asking ncu again.
     """
     shelf, failed, done = Shelf(plan.out), 0, 0
+    describe_machine(plan)
     capability = command.capability() if plan.ncu else None
     barred = None if plan.ncu else NO_NCU
     say(f"{command.version(plan.ncu) if plan.ncu else 'no ncu'}, compute capability "

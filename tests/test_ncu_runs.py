@@ -96,6 +96,25 @@ def test_a_counter_this_ncu_does_not_know_is_left_out_and_said(fake, tmp_path):
     assert "lts__t_sector_hit_rate.pct" not in ",".join(second)
 
 
+def test_launches_of_other_threads_are_found_too(fake, tmp_path):
+    assert run.run([node()], fake("threads"), print) == 0
+    (kept,) = results(tmp_path)
+    assert "threads other than the caller's" in kept["why"]
+    first, second = calls(tmp_path)
+    assert "--nvtx-include" in first
+    assert "--nvtx-include" not in second
+    assert second[second.index("--profile-from-start") + 1] == "off", "start and stop bound it"
+
+
+def test_what_the_machine_was_is_on_disk(fake, tmp_path):
+    run.run([node()], fake(), print)
+    raw = tmp_path / "out" / "raw"
+    said = (raw / "machine.txt").read_text()
+    assert "2025.3.1.0" in said
+    assert torch.__version__ in said
+    assert json.loads(next(raw.glob("*.rows.json")).read_text())[0]["name"] == "rms_norm_kernel"
+
+
 def test_a_truncated_report_is_not_a_pass(fake, tmp_path):
     plan = fake()
     (tmp_path / "report.csv").write_text(as_csv())
@@ -130,13 +149,23 @@ def alive(pid):
         return False
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises, also where pytest was started in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_keeps_what_is_finished(fake, tmp_path, monkeypatch, capsys):
     plan = fake("second hangs")
+    (tmp_path / "calls").touch()
     monkeypatch.setattr(cli, "collect", lambda *_: [node("a"), node("b")])
     monkeypatch.setenv("NCU", plan.ncu)
 
     def interrupt():
-        while len(calls(tmp_path)) < 2:
+        while (tmp_path / "calls").read_text().count("\n") < 2:
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -350,7 +379,7 @@ def test_the_profiler_of_torch_writes_a_trace(tmp_path, monkeypatch):
         pytest.skip("on a GPU the trace holds kernels; this is about a machine without one")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of CUDA, which this machine lacks
+        warnings.filterwarnings("ignore", "CUDA is not available")
         plugin._traced(lambda: torch.ones(3).add(1), tmp_path / "t.json")
     assert "aten::add" in (tmp_path / "t.json").read_text()
     assert fallback.events(tmp_path / "t.json") == []

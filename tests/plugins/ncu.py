@@ -90,7 +90,7 @@ def _traced(call: Callable[[], Any], path: Path) -> None:
     import torch
 
     kinds = torch.profiler.ProfilerActivity
-    with torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA]) as profiler:
+    with torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA], acc_events=True) as profiler:
         call()
         torch.cuda.synchronize()
     profiler.export_chrome_trace(str(path))
