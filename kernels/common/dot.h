@@ -25,12 +25,14 @@ inline float lanes_sum(f32v v) {
 #endif
 }
 
-// How one vector of activations meets one of weights.
+// How one vector of activations meets one of weights, and from how many rows of activations it pays
+// to widen the weights ahead of the products.
 struct Fma {  // fp32 activations
     using X = float;
     using Vector = f32v;
     using Sum = f32v;
     static constexpr int STEP = LANES;
+    static constexpr int WIDEN_ONCE = LANES == 16 ? 1 << 30 : 5;  // six rows share a conversion
     template <class W> static Vector widen(const W* p) { return load(p); }
     static f32v mac(f32v acc, Vector x, Vector w) { return fma(x, w, acc); }
 };
@@ -40,6 +42,7 @@ struct DotBf16 {  // bf16 activations: products of pairs, exact, added in fp32
     using Vector = __m512bh;
     using Sum = f32v;
     static constexpr int STEP = 32;
+    static constexpr int WIDEN_ONCE = 32;
     static Vector widen(const bf16* p) { return load_as<Vector>(p); }
     static Vector widen(const int8_t* p) {  // every int8 is a bf16
         return _mm512_cvtne2ps_pbh((__m512)load(p + 16), (__m512)load(p));
@@ -55,6 +58,7 @@ struct DotInt8 {  // int8 activations, kept as x + 128: exact int32 sums of prod
     using Vector = __m512i;
     using Sum = i32v;
     static constexpr int STEP = 64;
+    static constexpr int WIDEN_ONCE = 1 << 30;  // nothing to widen
     static Vector widen(const uint8_t* p) { return load_as<Vector>(p); }
     static Vector widen(const int8_t* p) { return load_as<Vector>(p); }
     static i32v mac(i32v acc, Vector x, Vector w) {
@@ -118,9 +122,10 @@ inline void dot_tile(const typename D::X* x, int64_t x_stride, const W* w, int64
 
 constexpr int TILE_ROWS = 4;   // rows of weights side by side
 constexpr int BLOCK_ROWS = 16;  // rows of weights widened at once for a large batch
-constexpr int WIDEN_ONCE = 5;  // rows of x from which that pays
+// Rows of x whose sums fit the registers beside one another: 6 x 4 sums, 6 rows of x, 1 of weights.
+constexpr int MOST_ROWS = LANES == 16 ? 6 : 2;
 
-// done(n, m, dot) for rows n0 <= n < n1 of w and M <= 4 rows of x.
+// done(n, m, dot) for rows n0 <= n < n1 of w and M <= MOST_ROWS rows of x.
 template <class D, class W, int M, class Done>
 inline void dot_rows(const typename D::X* x, int64_t x_stride, const W* w, int64_t w_stride,
                      int64_t n0, int64_t n1, int64_t K, bool prefetch, Done done) {
@@ -142,11 +147,10 @@ inline void dot_rows(const typename D::X* x, int64_t x_stride, const W* w, int64
     }
 }
 
-// The same for any number of rows of x, in tiles of 4 (2 where registers are few).
+// The same for any number of rows of x: all of them in one tile while they fit, then tiles of 4.
 template <class D, class W, class Done>
 inline void dot_all(const typename D::X* x, int64_t x_stride, int64_t M, const W* w,
                     int64_t w_stride, int64_t n0, int64_t n1, int64_t K, bool prefetch, Done done) {
-    constexpr int BEST = LANES == 16 ? 4 : 2;
     int64_t m = 0;
     const auto run = [&](auto tile) {
         dot_rows<D, W, decltype(tile)::value>(
@@ -154,9 +158,18 @@ inline void dot_all(const typename D::X* x, int64_t x_stride, int64_t M, const W
             [&](int64_t n, int64_t t, Out<D> v) { done(n, m + t, v); });
         m += decltype(tile)::value;
     };
-    while (m + BEST <= M) run(std::integral_constant<int, BEST>());
-    if (BEST > 2 && m + 2 <= M) run(std::integral_constant<int, 2>());
-    if (m < M) run(std::integral_constant<int, 1>());
+    while (m < M) {
+        const int64_t left = M - m;
+        const int64_t tile = left <= MOST_ROWS ? left : left <= 8 && MOST_ROWS > 4 ? 4 : MOST_ROWS;
+        if (tile == 1) run(std::integral_constant<int, 1>());
+        else if (tile == 2) run(std::integral_constant<int, 2>());
+        else if constexpr (MOST_ROWS >= 6) {
+            if (tile == 3) run(std::integral_constant<int, 3>());
+            else if (tile == 4) run(std::integral_constant<int, 4>());
+            else if (tile == 5) run(std::integral_constant<int, 5>());
+            else run(std::integral_constant<int, 6>());
+        }
+    }
 }
 
 // The distance between rows of a buffer of ours: rows a multiple of 4096 bytes apart would share one
@@ -164,15 +177,15 @@ inline void dot_all(const typename D::X* x, int64_t x_stride, int64_t M, const W
 constexpr int64_t apart(int64_t K) { return (K + 63) / 64 * 64 + 64; }
 
 // done(n, m, x row m . w row n) for rows n0 <= n < n1 of w: weights are read once, in order.
-// `scratch` holds BLOCK_ROWS * apart(K) of D::X when M >= WIDEN_ONCE.
+// `scratch` holds BLOCK_ROWS * apart(K) of D::X when M >= D::WIDEN_ONCE.
 template <class D, class W, class Done>
 inline void matmul_rows(const typename D::X* x, int64_t x_stride, int64_t M, const W* w,
                         int64_t w_stride, int64_t n0, int64_t n1, int64_t K,
                         typename D::X* scratch, Done done) {
     using X = typename D::X;
-    if (M < WIDEN_ONCE) {
+    if (M < D::WIDEN_ONCE) {
         // more than one tile would read the weights again: from the cache, in blocks
-        const int64_t block = M <= 2 || (M <= 4 && LANES == 16) ? n1 - n0 : BLOCK_ROWS;
+        const int64_t block = M <= MOST_ROWS ? n1 - n0 : BLOCK_ROWS;
         for (int64_t n = n0; n < n1; n += block)
             dot_all<D, W>(x, x_stride, M, w, w_stride, n, n + block < n1 ? n + block : n1, K, true,
                           done);

@@ -24,7 +24,7 @@ static void int8_linear(const T* x, int64_t x_stride, const int8_t* w, const flo
     }
     const auto run = [&](int thread, int of) {
         const Share share(N, thread, of, TILE_ROWS);
-        std::unique_ptr<X[]> scratch(M >= WIDEN_ONCE ? new X[BLOCK_ROWS * apart(K)] : nullptr);
+        std::unique_ptr<X[]> scratch(M >= D::WIDEN_ONCE ? new X[BLOCK_ROWS * apart(K)] : nullptr);
         matmul_rows<D>(rows, x_stride, M, w, K, share.begin, share.end, K, scratch.get(),
                        [&](int64_t n, int64_t m, float v) {
                            from_float(y + m * N + n, v * scale[n] + (bias ? bias[n] : 0.f));

@@ -36,7 +36,7 @@ static void w8a8_linear(const T* x, int64_t x_stride, const int8_t* w, const flo
     };
     const auto multiply = [&](int thread, int of) {
         const Share share(N, thread, of, TILE_ROWS);
-        std::unique_ptr<X[]> scratch(M >= WIDEN_ONCE ? new X[BLOCK_ROWS * apart(K)] : nullptr);
+        std::unique_ptr<X[]> scratch(M >= Path::WIDEN_ONCE ? new X[BLOCK_ROWS * apart(K)] : nullptr);
         for (int64_t n0 = share.begin; n0 < share.end; n0 += BLOCK_ROWS) {
             const int64_t n1 = std::min(n0 + BLOCK_ROWS, share.end);
             int32_t shift[BLOCK_ROWS];  // x stands as x + 128: this much too large
