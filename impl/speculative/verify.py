@@ -80,7 +80,6 @@ def speculate(engine: Engine, drafter, ids: Tensor, max_new_tokens: int,
     texts = first.tolist()  # the new tokens of each row
     emitted = first.tolist()  # those of the last step
     shown, count = 1, Counter(target_steps=0, row_steps=0, drafted=0, accepted=0)
-    ahead = torch.arange(k + 1, device=device)
     while (shortest := min(map(len, texts))) < max_new_tokens:
         # a last place needs no guess: the target's own token fills it
         proposal = drafter.propose(emitted) if shortest < max_new_tokens - 1 else None
@@ -88,17 +87,18 @@ def speculate(engine: Engine, drafter, ids: Tensor, max_new_tokens: int,
         tokens = torch.tensor([text[-1:] for text in texts], device=device)  # (B, 1)
         if proposal is not None:
             tokens = torch.cat((tokens, proposal.guesses.to(device)), 1)  # (B, k + 1)
-        starts = torch.tensor([T + len(text) - 1 for text in texts], device=device)
         # places past the end are computed and thrown away; they share the last slot, never read
-        positions = (starts[:, None] + ahead[:width]).clamp_(max=length - 1)  # (B, width)
+        positions = torch.tensor(
+            [[min(at, length - 1) for at in range(T + len(text) - 1, T + len(text) - 1 + width)]
+             for text in texts], device=device)  # fmt: skip
         began = time.perf_counter()
         logits = model(tokens, positions, cache)  # (B, width, V)
         count["target_steps"] += 1
-        place = (positions + 1 - T).clamp_(max=max_new_tokens - 1)  # of what they predict
-        choices, p = None, None
+        choices, p, place = None, None, None
         if not sampling.temperature:
             choices = logits.argmax(-1).tolist()
         else:
+            place = (positions + 1 - T).clamp_(max=max_new_tokens - 1)  # of what they predict
             p = distribution(logits, sampling)  # (B, width, V)
             if accept is None or proposal is None:
                 choices = draw(p, own.gather(1, place)).tolist()
