@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .baseline import hf_generate, serve_one_by_one
 from .core import Engine, NotEngaged, technique
 from .fidelity import same_tokens
 from .kv_cache import preallocated
@@ -241,7 +242,8 @@ class CompiledModule(nn.Module):
 
 
 @technique(phase="compile", replaces="compiler", needs={"linear"}, requires={"compiler"},
-           fidelity=same_tokens, effect=_compiled_code_runs)  # fmt: skip
+           fidelity=same_tokens, effect=_compiled_code_runs,
+           peer="peer_compiled_static")  # fmt: skip
 def torch_compile(engine: Engine) -> Engine:
     """time per step -> bytes of weights / bandwidth: one graph, fused, without Python between.
 
@@ -262,4 +264,43 @@ def torch_compile(engine: Engine) -> Engine:
     else:
         options = {k: v for k, v in _options(engine.device).items() if k != "cpp_wrapper"}
         engine.model = CompiledModule(engine.model, options).eval()
+    return engine
+
+
+def _compiled_regions_traced(engine: Engine, run) -> str:
+    """The profiler sees compiled regions, one a token after the first, and no graph broken."""
+    from torch._dynamo.utils import counters
+
+    run()
+    broken = sum(counters["graph_break"].values())
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        run()
+    names = [e.name() for e in profiler.profiler.kineto_results.events()]
+    regions = sum(name.startswith("Torch-Compiled Region") for name in names)
+    if not regions:
+        raise NotEngaged("transformers' generate entered no compiled code")
+    if breaks := sum(counters["graph_break"].values()) - broken:
+        raise NotEngaged(f"transformers' compiled step broke into {breaks + 1} graphs")
+    return f"{regions} calls of compiled code in transformers' generate, 0 graph breaks"
+
+
+@technique(phase="load", host="transformers", replaces=("host", "cache", "compiler"),
+           needs={"generate", "lean"}, requires={"compiler"}, fidelity=same_tokens,
+           effect=_compiled_regions_traced)  # fmt: skip
+def peer_compiled_static(engine: Engine) -> Engine:
+    """transformers' ``generate`` with a static cache and its own compiled step.
+
+    What ``generate`` does on accelerators, asked for on CPUs too; prompts run uncompiled.  A cache
+    is as long as a call needs, so each new total length compiles a step again.
+    Source: https://huggingface.co/docs/transformers/llm_optims#static-kv-cache-and-torchcompile
+    """
+    from transformers import CompileConfig
+
+    config = CompileConfig(mode="default", fullgraph=True, dynamic=False)
+    config._compile_all_devices = True  # the only way to ask for it on a CPU
+    engine.stats["host"] = "transformers"
+    engine.generate = hf_generate(
+        engine.model, cache_implementation="static", compile_config=config
+    )
+    engine.serve = serve_one_by_one(lambda *args, **options: engine.generate(*args, **options))
     return engine

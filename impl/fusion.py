@@ -40,7 +40,7 @@ def _one_operator_per_step(engine: Engine, run) -> str:
 
 @technique(phase="replace", replaces="compiler", needs={"generate", "lean"},
            requires={"compiler"}, precisions=("fp32", "bf16"), fidelity=same_tokens,
-           effect=_one_operator_per_step)  # fmt: skip
+           effect=_one_operator_per_step, peer="peer_compiled_static")  # fmt: skip
 def decode_step(engine: Engine) -> Engine:
     """time(step) = bytes of weights and cache / bandwidth: the whole step is one C++ call.
 

@@ -236,18 +236,28 @@ class Selection:
             self.batches or size.batches):  # fmt: skip
             yield techniques, self.specs[model], precision, batch
 
+    @property
+    def asked(self) -> bool:
+        """Whether the user named parts of the matrix: then the profile leaves none of them out."""
+        return bool(self.techniques or self.precisions or self.batches or self.models)
+
+    def takes(self, cell: Cell) -> bool:
+        """Whether the profile takes this cell of its axes."""
+        return self.asked or in_profile(
+            self.profile, cell.techniques, cell.model, cell.precision, cell.batch
+        )
+
     def cells(self) -> dict[str, Cell]:
         """Id -> cell of this run, in table order."""
-        asked = bool(self.techniques or self.precisions or self.batches or self.models)
         found: dict[str, Cell] = {}
         once: set[tuple[str, str]] = set()
         for techniques, spec, precision, batch in self.every():
             if impossible(techniques, spec, precision, batch):
                 continue
-            if not asked and not in_profile(self.profile, techniques, spec.name, precision, batch):
-                continue
             cell = Cell(techniques, spec.name, precision, batch)
-            if self.profile == "smoke" and not asked:  # the first of each stack and kind of model
+            if not self.takes(cell):
+                continue
+            if self.profile == "smoke" and not self.asked:  # the first of each stack and kind of model
                 key = cell.stack, spec.kind
                 if key in once:
                     continue

@@ -36,8 +36,9 @@ class Opponents:
         return names
 
 
-def opponents(cell: Cell, spec, device: str) -> Opponents:
-    """``eager``; the stack less its last member; the peer its last member names, if it runs here.
+def opponents(cell: Cell, spec, device: str, selection: matrix.Selection) -> Opponents:
+    """``eager``; the stack less its last member; the peer its last member names, if it runs here
+    and the profile has it on this workload.
 
     ``eager`` itself is paired with itself (an A/A test), and at low precision with fp32 too.
     """
@@ -56,7 +57,8 @@ def opponents(cell: Cell, spec, device: str) -> Opponents:
         if t.peer and t.peer in TECHNIQUES:
             candidate = cell.of(t.peer)
             problem = matrix.impossible(candidate.techniques, spec, cell.precision, cell.batch)
-            if not problem and not matrix.missing(candidate, spec, device):
+            lacks = matrix.missing(candidate, spec, device)
+            if not problem and not lacks and selection.takes(candidate):
                 peer = candidate
             break
     return Opponents(baseline, without, peer)
@@ -70,7 +72,7 @@ class Study:
         self.pool = checks.pool
         self.spec = self.pool.specs[cell.model]
         self.size = checks.size(cell)
-        self.opponents = opponents(cell, self.spec, device)
+        self.opponents = opponents(cell, self.spec, device, checks.selection)
 
     @property
     def engine(self) -> Engine:
