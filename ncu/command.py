@@ -104,6 +104,7 @@ def argv(
         what += ["--metrics", ",".join(metrics)]
     return [
         ncu,
+        *("--config-file", "off"),  # a user's own config.ncu-cfg must not add to what is asked
         *("--target-processes", "application-only"),
         *where,
         *("--profile-from-start", "off"),

@@ -18,6 +18,7 @@ from typing import Any
 
 from impl.core import StudyError
 from ncu import command
+from ncu.metrics import CAPABILITY
 
 Row = dict[str, Any]
 
@@ -116,6 +117,9 @@ def read_csv(text: str) -> list[Row]:
         given = zip(head, units, cells, strict=True)
         values = {name: _number(name, cell, unit) for name, unit, cell in given if "__" in name}
         metrics = {name: v for name, v in values.items() if v is not None and wanted(name)}
+        chip = dict(zip(head, cells, strict=True)).get("CC", "").partition(".")
+        if chip[0].isdigit() and chip[2].isdigit():  # the attributes are not in every report
+            metrics = dict(zip(CAPABILITY, map(float, chip[::2]), strict=True)) | metrics
         found.append({"name": cells[head.index("Kernel Name")], "metrics": metrics})
     return found
 
@@ -155,8 +159,6 @@ def rows(path: Path, ncu: str | None, expected: int) -> tuple[list[Row], str]:
 
 def capability_of(kernels: Sequence[Row]) -> command.Capability | None:
     """Compute capability that a report names."""
-    from ncu.metrics import CAPABILITY
-
     for kernel in kernels:
         both = [kernel["metrics"].get(name) for name in CAPABILITY]
         if None not in both:

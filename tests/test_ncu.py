@@ -32,7 +32,7 @@ def test_command_line():
     ours, test = argv[:cut], argv[cut:]
     value = dict(itertools.pairwise(ours))
     assert value["--nvtx-include"] == plugin.RANGE + "/", "the slash makes it a push/pop range"
-    assert value["--profile-from-start"] == "off"
+    assert value["--profile-from-start"] == value["--config-file"] == "off"
     assert value["--metrics"] == "a.sum,b"
     assert value["-o"] == "/o/raw/n.ncu-rep"
     assert value["--log-file"] == "/o/raw/n.log"
@@ -268,6 +268,14 @@ def test_the_real_reader_finds_no_kernel_in_a_bad_file(content, tmp_path):
         rows = report.read(path, reader)
     assert rows == []
     assert not command.judge(PROF, len(rows)).profiled
+
+
+def test_csv_names_the_chip():
+    text = ('"ID","Kernel Name","CC","gpu__time_duration.sum"\n"","","","second"\n'
+            '"0","k","9.0","4.0e-05"')  # fmt: skip
+    (row,) = report.read_csv(text)
+    assert report.capability_of([row]) == (9, 0)
+    assert row["metrics"][metrics.TIME] == pytest.approx(40_000)
 
 
 def test_csv_gives_the_same_rows():

@@ -268,7 +268,7 @@ def test_dry_run_prints_and_starts_nothing(fake, tmp_path, monkeypatch, capsys):
     assert cli.main(["-k", "x", "--dry-run", "--out", str(tmp_path / "out")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
-    assert lines[0].startswith(f"NCU_CHILD=1 {tmp_path}/ncu --target-processes application-only")
+    assert lines[0].startswith(f"NCU_CHILD=1 {tmp_path}/ncu --config-file off --target-processes")
     assert lines[1].endswith("# skipped: no fp8")
     assert calls(tmp_path) == []
     assert not (tmp_path / "out").exists()
