@@ -257,7 +257,7 @@ class Selection:
             cell = Cell(techniques, spec.name, precision, batch)
             if not self.takes(cell):
                 continue
-            if self.profile == "smoke" and not self.asked:  # the first of each stack and kind of model
+            if self.profile == "smoke" and not self.asked:  # one of each stack and kind of model
                 key = cell.stack, spec.kind
                 if key in once:
                     continue

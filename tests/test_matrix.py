@@ -14,6 +14,7 @@ from impl.fidelity import ORDER, bitwise, budget, close, loosest, same_tokens
 from impl.models import SPECS
 from tests import matrix
 from tests.matrix import BATCHES, PRECISIONS, PROFILES, STACKS, Cell, Selection
+from tests.plugins.sides import opponents
 
 ROOT = Path(__file__).parent.parent
 FULL = Selection("full")
@@ -244,7 +245,26 @@ def test_only_cells_that_move_the_number_are_generated():
     assert not matrix.moves(int8, ["scheduler"])
     assert matrix.moves(served, ["scheduler"])
     assert not matrix.moves(served, ["model", "decode"])
-    assert all(matrix.moves(baseline, [slot]) for slot in ("model", "decode", "scheduler"))
+    assert all(matrix.moves(baseline, [slot]) for slot in ("model", "decode"))
+    assert not matrix.moves(baseline, ["scheduler"])  # in the rounds of every scheduler
+
+
+def test_a_peer_stands_beside_its_technique_where_the_profile_has_it():
+    spec, core = SPECS["lm_small"], Selection("core")
+    fp32 = Cell(stack("torch_compile"), "lm_small", "fp32", 1)
+    bf16 = Cell(stack("torch_compile"), "lm_small", "bf16", 1)
+    assert opponents(fp32, spec, "cpu", core).peer == fp32.of("peer_compiled_static")
+    assert opponents(bf16, spec, "cpu", core).peer is None
+    named = Selection("core", techniques=["torch_compile"])
+    assert opponents(bf16, spec, "cpu", named).peer == bf16.of("peer_compiled_static")
+    assert opponents(bf16, spec, "cpu", core).without == bf16.of("lean_decoder")
+
+
+def test_peers_come_after_the_techniques_that_name_them():
+    order = [cell.stack for cell in Selection("core").cells().values()]
+    for name, t in TECHNIQUES.items():
+        if t.peer in order and name in order:
+            assert order.index(name) < order.index(t.peer)
 
 
 def test_profiles_grow():

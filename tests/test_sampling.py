@@ -11,6 +11,7 @@ from tests.emulated import Ticker
 from tests.plugins import sampler
 from tests.plugins.budget import LEEWAY, Budget, Plan, load_costs, save_costs
 from tests.plugins.sampler import Limits, Rounds, WallWatch, interval_rank, sample_rounds, verdict
+from tests.plugins.study import KeptRounds
 
 
 @pytest.fixture
@@ -218,3 +219,45 @@ def test_costs_of_earlier_runs_are_remembered(tmp_path):
     assert load_costs(path) == {"a": 1.0, "b": 2.0}
     path.write_text("{")
     assert load_costs(path) == {}
+
+
+# ---- rounds that serve two cells ---------------------------------------------------------
+
+
+def kept_rounds(pairs=8):
+    kept = KeptRounds()
+    times = {side: [float(i + n) for n in range(pairs)]
+             for i, side in enumerate(("variant", "baseline", "peer"), 1)}  # fmt: skip
+    stacks = {"variant": "ours", "baseline": "eager", "peer": "theirs"}
+    kept.keep(PLACE, "wall", stacks, Rounds(times))
+    return kept, times
+
+
+PLACE = {"model": "m", "precision": "fp32", "batch": 1, "workload": "w"}
+PEERS_SIDES = {"variant": "theirs", "baseline": "eager"}
+
+
+def test_a_peer_takes_its_samples_from_the_rounds_it_stood_in():
+    kept, times = kept_rounds()
+    whose, rounds = kept.find(PLACE, "wall", PEERS_SIDES)
+    assert whose == "ours"
+    assert rounds.seconds == {"variant": times["peer"], "baseline": times["baseline"]}
+
+
+@pytest.mark.parametrize(
+    ("place", "timing", "sides"),
+    [
+        ({"workload": "another"}, "wall", PEERS_SIDES),
+        ({"batch": 8}, "wall", PEERS_SIDES),
+        ({"precision": "bf16"}, "wall", PEERS_SIDES),
+        ({}, "event", PEERS_SIDES),
+        ({}, "wall", {**PEERS_SIDES, "without": "lean"}),
+        ({}, "wall", {"variant": "eager", "baseline": "eager"}),
+    ],
+)
+def test_other_work_or_other_sides_are_sampled_anew(place, timing, sides):
+    assert kept_rounds()[0].find({**PLACE, **place}, timing, sides) is None
+
+
+def test_too_few_rounds_serve_no_second_cell():
+    assert kept_rounds(pairs=5)[0].find(PLACE, "wall", PEERS_SIDES) is None
