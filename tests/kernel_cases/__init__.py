@@ -113,6 +113,8 @@ class Speed:
     weights    whether the arguments after the first are weights, which a step only reads
     compute    the precision whose matrix rate limits it, where that is not the inputs'
     rows       ``rows(*shape)``: the cell's batch
+    moved      ``moved(shape, itemsize)``, where that is not its ``bytes_moved(*shape, itemsize)``
+    arithmetic ``arithmetic(shape)``, where that is not its ``flops(*shape)`` nor torch's formula
     closeness  SQNR in dB that eager and peers must reach against the operation, or None: exact
     """
 
@@ -125,21 +127,27 @@ class Speed:
     weights: bool = False
     compute: str | None = None
     rows: Callable = lambda *shape: shape[0]
+    moved: Callable | None = None
+    arithmetic: Callable | None = None
     closeness: float | None = 20.0
 
     def bytes_moved(self, shape, dtype: torch.dtype) -> int:
         """The operation's own count."""
+        if self.moved is not None:
+            return self.moved(shape, dtype.itemsize)
         module = importlib.import_module(f"kernels.{self.op}")
         return module.bytes_moved(*shape, dtype.itemsize)
 
-    def flops(self, shape, args) -> int:
+    def flops(self, shape, args, output) -> int:
         """The operation's own count: ``flops`` of its module, or the formula torch knows."""
         from torch.utils.flop_counter import flop_registry
 
+        if self.arithmetic is not None:
+            return self.arithmetic(shape)
         module = importlib.import_module(f"kernels.{self.op}")
         if hasattr(module, "flops"):
             return module.flops(*shape)
-        return flop_registry[getattr(torch.ops.study, self.op)](*args)
+        return flop_registry[getattr(torch.ops.study, self.op)](*args, out_val=output)
 
 
 def seeded(shape) -> torch.Generator:

@@ -1,6 +1,8 @@
 """Attention: of a prompt, of a few tokens over a cache, of a few tokens over pages."""
 
-from tests.kernel_cases import Case, bad, random
+from torch.nn.functional import scaled_dot_product_attention
+
+from tests.kernel_cases import Case, Rival, Speed, bad, random
 
 FULL, CAUSAL = 1, 2
 # batch, heads, kv heads, queries, keys, head_dim, mask: grouped and longer keys; one of each;
@@ -29,6 +31,33 @@ CASES = [
         mma_kernels="-(bf16|fp16)$",
     ),
 ]
+
+# prompts of a Llama of 8 billion (32 heads of 128 over 8), of 1 billion (32 of 64), no mask
+PROMPTS = ((1, 32, 8, 512, 512, 128, CAUSAL), (1, 32, 8, 2048, 2048, 128, CAUSAL),
+           (1, 32, 8, 1024, 1024, 64, CAUSAL), (8, 12, 12, 512, 512, 64, FULL))  # fmt: skip
+
+
+def _sdpa(q, k, v, causal, scale):
+    return scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=True)
+
+
+def _flash_bytes(shape, itemsize):
+    from kernels import flash_attention
+
+    return flash_attention.bytes_moved(*shape[:6], itemsize)
+
+
+def _flash_flops(shape):
+    from kernels import flash_attention
+
+    batch, heads, _, queries, keys, dim, mask = shape
+    return flash_attention.flops(batch, heads, queries, keys, dim, mask == CAUSAL)
+
+
+SPEEDS = [
+    Speed("flash_attention", _flash_attention, PROMPTS, core=1, eager=Rival(_sdpa),
+          moved=_flash_bytes, arithmetic=_flash_flops, rows=lambda *shape: shape[0] * shape[3]),
+]  # fmt: skip
 
 r = random
 BAD = [

@@ -1,8 +1,9 @@
 """Linear layers with weights of four bits."""
 
 import torch
+from torch.nn.functional import linear
 
-from tests.kernel_cases import Case, bad, random
+from tests.kernel_cases import Case, Rival, Speed, bad, random, seeded
 
 # rows, outputs, inputs: whole groups of 32 or 128, one of each, none of each, more rows than a tile
 LINEAR = [(5, 19, 96), (1, 64, 128), (3, 1, 160), (2, 100, 32), (0, 4, 32), (2, 0, 32), (3, 5, 0),
@@ -28,6 +29,64 @@ CASES = [
     ),
     Case("int4_a8_linear", _int4_linear, LINEAR, large=(6, 700, 128)),
 ]
+
+# rows, outputs, inputs, group of a Llama of 8 billion: decoding one to 64 sequences, a prompt
+LAYERS = (
+    *((rows, 4096, 4096, 128) for rows in (1, 8, 64, 512)),
+    *((rows, 4096, 4096, 32) for rows in (1, 8)),
+    *((rows, *up_or_down, 128) for up_or_down in ((14336, 4096), (4096, 14336)) for rows in (1, 8)),
+)
+
+
+def _timed_linear(shape, dtype):
+    """Every word is a weight: no need to quantize one."""
+    m, n, k, group = shape
+    words = torch.randint(-(2**31), 2**31, (n // 16, k // 8, 16), generator=seeded(shape))
+    scale = 0.02 + 0.01 * torch.rand(n // 16, k // group, 16, generator=seeded(shape))
+    return [random(m, k, dtype=dtype), words.int(), scale.bfloat16(), n, None]
+
+
+def _dequantized(dtype=None):
+    """x and the weights, in x's dtype or another."""
+
+    def prepare(x, packed, scale, outputs, bias):
+        from kernels.int4_linear import dequantize
+
+        dtype_ = dtype or x.dtype
+        return x.to(dtype_), dequantize(packed, scale, outputs).to(dtype_)
+
+    return prepare
+
+
+def _int4pack(x, packed, scale, outputs, bias):
+    """torch's int4 weights for CPUs: activations in bf16, weights as q - 8 times a scale."""
+    from kernels.int4_linear.reference import unpack
+
+    words = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unpack(packed).int() + 8, 1)
+    groups = scale.shape[1]
+    flat = scale.permute(1, 0, 2).reshape(groups, outputs)
+    return (x.bfloat16(), words, x.shape[-1] // groups,
+            torch.stack((flat, torch.zeros_like(flat)), -1))  # fmt: skip
+
+
+PEERS = {
+    "bf16_linear": Rival(linear, _dequantized(torch.bfloat16)),
+    "int4pack_mm": Rival(torch.ops.aten._weight_int4pack_mm_for_cpu, _int4pack),
+}
+
+
+def _speed(op):
+    def moved(shape, itemsize):
+        from kernels import int4_linear
+
+        return int4_linear.bytes_moved(*shape[:3], itemsize, shape[3])
+
+    return Speed(
+        op, _timed_linear, LAYERS, core=4, eager=Rival(linear, _dequantized()), peers=PEERS,
+        weights=True, moved=moved, compute="int8" if "a8" in op else None)  # fmt: skip
+
+
+SPEEDS = [_speed("int4_linear"), _speed("int4_a8_linear")]
 
 r = random
 
