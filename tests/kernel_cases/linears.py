@@ -21,6 +21,11 @@ def _int8_linear(shape, dtype):
     return [random(m, k, seed=2, dtype=dtype), weight, scale, random(n, seed=3)]
 
 
+def _lm_head_argmax(shape, dtype):
+    m, vocab, k = shape
+    return [random(m, k, dtype=dtype), random(vocab, k, seed=1, dtype=dtype)]
+
+
 CASES = [
     Case(
         "int8_linear",
@@ -32,6 +37,13 @@ CASES = [
         uses="",
     ),
     Case("w8a8_linear", _int8_linear, LINEAR, large=(6, 700, 130)),
+    Case(
+        "lm_head_argmax",
+        _lm_head_argmax,
+        [s for s in LINEAR if s[1]],
+        large=(6, 700, 130),
+        shim_shapes=((3, 9, 70), (5, 6, 64)),
+    ),
 ]
 
 # rows, outputs, inputs of a Llama of 8 billion: decoding one to 64 sequences, a prompt of 512
@@ -97,6 +109,10 @@ SPEEDS = [
     Speed("w8a8_linear", _timed_linear, LAYERS, core=4, eager=Rival(linear, _dequantized()),
           peers={**PEERS, "onednn_dynamic_int8": Rival(_dynamic_int8_linear, _dynamic_int8)},
           weights=True, compute="int8"),
+    # the head of a Llama of 1 billion with the vocabulary of Llama 2
+    Speed("lm_head_argmax", _lm_head_argmax,
+          ((1, 32000, 2048), (8, 32000, 2048), (64, 32000, 2048)), core=2,
+          eager=Rival(lambda x, weight: tuple(linear(x, weight).max(-1))), weights=True),
 ]  # fmt: skip
 
 r = random
@@ -109,6 +125,10 @@ BAD = [
         lambda: (r(2, 4), r(3, 4).to(torch.int8), r(4), None)),
     bad("int8_linear", "bias", "needs a contiguous float32 bias of shape",
         lambda: (r(2, 4), r(3, 4).to(torch.int8), r(3), r(3).half())),
+    bad("lm_head_argmax", "empty", r"a weight \(V, K\) with at least one token, not \(0, 4\)",
+        lambda: (r(2, 4), r(0, 4))),
+    bad("lm_head_argmax", "mixed", "needs weight and x alike, not torch.float16",
+        lambda: (r(2, 4), r(3, 4).half())),
     bad("w8a8_linear", "x", r"weight \(3, 4\) needs x \(..., 4\), not \(2, 5\)",
         lambda: (r(2, 5), r(3, 4).to(torch.int8), r(3), None)),
 ]  # fmt: skip
