@@ -119,7 +119,7 @@ def read_csv(text: str) -> list[Row]:
         metrics = {name: v for name, v in values.items() if v is not None and wanted(name)}
         chip = dict(zip(head, cells, strict=True)).get("CC", "").partition(".")
         if chip[0].isdigit() and chip[2].isdigit():  # the attributes are not in every report
-            metrics = dict(zip(CAPABILITY, map(float, chip[::2]), strict=True)) | metrics
+            metrics = {CAPABILITY[0]: float(chip[0]), CAPABILITY[1]: float(chip[2]), **metrics}
         found.append({"name": cells[head.index("Kernel Name")], "metrics": metrics})
     return found
 

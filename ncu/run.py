@@ -180,7 +180,7 @@ def profile(node: Node, plan: Plan, capability: metrics.Capability | None) -> di
     found, facts = kernels(rows, chip, attempt.names), attempt.reached or {}
     whole = len(rows) < command.MOST_LAUNCHES
     return result(
-        node, explained(outcome, attempt, problem), counters=bool(rows),
+        node, explained(outcome, attempt, problem, whole), counters=bool(rows),
         verdict=sentence(found) if outcome.profiled else "", device=device_of(rows, chip),
         tool=command.version(str(plan.ncu)), reader=reader,
         seconds=round(time.monotonic() - start, 1), launches=len(rows),
@@ -194,7 +194,7 @@ def on_gpu(reached: Mapping[str, Any] | None) -> bool:
     return str((reached or {}).get("device", "")).startswith("cuda")
 
 
-def explained(outcome: Outcome, attempt: Attempt, problem: str) -> Outcome:
+def explained(outcome: Outcome, attempt: Attempt, problem: str, whole: bool) -> Outcome:
     """The outcome with what only this run knows: pytest's words, an unreadable file."""
     why, reached = outcome.why, attempt.reached
     if outcome.word == "test failed":
@@ -209,6 +209,8 @@ def explained(outcome: Outcome, attempt: Attempt, problem: str) -> Outcome:
         why += f"; {problem}"
     elif outcome.profiled and attempt.any_thread:
         why = "launched by threads other than the caller's"
+    elif outcome.profiled and not whole:
+        why = f"only the first {command.MOST_LAUNCHES} launches were profiled"
     if attempt.dropped:
         why = f"{why}; " if why else ""
         why += f"this ncu does not know {', '.join(attempt.dropped)}, which were left out"

@@ -1,13 +1,12 @@
-"""Whole runs of ``python -m ncu`` with a stand-in for ncu, and the region that it profiles."""
+"""Whole runs of ``python -m ncu`` with a stand-in for ncu."""
 
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
-import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,9 +15,8 @@ import torch
 from impl.core import StudyError
 from ncu import __main__ as cli
 from ncu import command, fallback, result, run
-from tests.inner import ROOT, Run
+from tests.inner import ROOT
 from tests.ncu_input import FFMA, as_csv, kernel, node
-from tests.plugins import ncu as plugin
 
 # ---- whole runs ------------------------------------------------------------------------------
 
@@ -94,6 +92,27 @@ def test_a_counter_this_ncu_does_not_know_is_left_out_and_said(fake, tmp_path):
     first, second = calls(tmp_path)
     assert ",".join(first).count("lts__t_sector_hit_rate.pct") == 1
     assert "lts__t_sector_hit_rate.pct" not in ",".join(second)
+
+
+def test_a_real_test_reaches_its_region_under_the_command_line(fake, tmp_path):
+    """On a CPU, so that no kernel is launched: everything but the counters."""
+    chosen = {"nodeid": "tests/test_latency.py::test_prefill[eager-lm_small-fp32-batch1]"}
+    plan = replace(fake("runs", timeout=120.0), extra=["--device", "cpu", "--profile", "smoke"])
+    assert run.run([node() | chosen], plan, print) == 1
+    (kept,) = results(tmp_path)
+    output = next((tmp_path / "out" / "raw").glob("*.out")).read_text()
+    assert "1 passed" in output, output
+    assert kept["why"] == "the measured call ran on cpu: nothing to profile"
+    assert kept["bytes_moved"] > 1e6
+    assert len(calls(tmp_path)) == 1
+
+
+def test_a_long_call_says_what_was_left_out(fake, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "MOST_LAUNCHES", 1)
+    assert run.run([node()], fake(), print) == 0
+    (kept,) = results(tmp_path)
+    assert kept["why"] == "only the first 1 launches were profiled"
+    assert kept["traffic"] is None
 
 
 def test_launches_of_other_threads_are_found_too(fake, tmp_path):
@@ -308,98 +327,3 @@ def test_collecting_finds_the_tests_that_measure():
         run.collect("dry_run", ["tests/test_ncu_runs.py"])
     with pytest.raises(StudyError, match=r"cannot collect .*--no-such-option"):
         run.collect("x", [], ["--no-such-option"])
-
-
-# ---- the region ------------------------------------------------------------------------------
-
-
-class Cuda:
-    """Stands in for ``torch.cuda``: remembers what was called, in order."""
-
-    def __init__(self, seen):
-        def note(word):
-            return lambda *args: seen.append((word, *args))
-
-        self.synchronize = note("synchronize")
-        self.profiler = type("Profiler", (), {"start": note("start"), "stop": note("stop")})
-        self.nvtx = type("Nvtx", (), {"range_push": note("push"), "range_pop": note("pop")})
-
-
-@pytest.fixture
-def region(monkeypatch, tmp_path):
-    """What the region did around a call; the child of ncu, with a stand-in for torch.cuda."""
-    seen = []
-    monkeypatch.setenv("NCU_CHILD", "1")
-    monkeypatch.setenv("NCU_FACTS", str(tmp_path / "facts"))
-    monkeypatch.delenv("NCU_TRACE", raising=False)
-    monkeypatch.setattr(torch, "cuda", Cuda(seen))
-    return seen
-
-
-def words(seen):
-    return [entry if isinstance(entry, str) else entry[0] for entry in seen]
-
-
-def test_only_the_warm_call_is_profiled(region, tmp_path):
-    plugin.measured(lambda: region.append("call"), "cuda", bytes_moved=5)
-    assert words(region) == ["call", "synchronize", "start", "push", "call", "synchronize", "pop",
-                             "stop"]  # fmt: skip
-    assert ("push", command.RANGE) in region, "the range that ncu is told to include"
-    assert json.loads((tmp_path / "facts").read_text()) == {"device": "cuda", "bytes_moved": 5}
-
-
-def test_a_call_that_fails_leaves_the_profiler_off(region):
-    made = []
-
-    def call():
-        made.append(1)
-        if len(made) == 2:
-            raise RuntimeError("out of memory")
-
-    with pytest.raises(RuntimeError):
-        plugin.measured(call, "cuda")
-    assert words(region)[-2:] == ["pop", "stop"]
-
-
-def test_without_cuda_only_the_facts_are_left(region, tmp_path):
-    plugin.measured(lambda: region.append("call"), "cpu", flops=7)
-    assert region == []
-    assert json.loads((tmp_path / "facts").read_text()) == {"device": "cpu", "flops": 7}
-
-
-def test_without_ncu_nothing_happens(region, tmp_path, monkeypatch):
-    monkeypatch.delenv("NCU_CHILD")
-    plugin.measured(lambda: region.append("call"), "cuda")
-    assert region == []
-    assert not (tmp_path / "facts").exists()
-
-
-def test_the_profiler_of_torch_writes_a_trace(tmp_path, monkeypatch):
-    if torch.cuda.is_available():
-        pytest.skip("on a GPU the trace holds kernels; this is about a machine without one")
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "CUDA is not available")
-        plugin._traced(lambda: torch.ones(3).add(1), tmp_path / "t.json")
-    assert "aten::add" in (tmp_path / "t.json").read_text()
-    assert fallback.events(tmp_path / "t.json") == []
-
-
-def test_a_cell_reaches_the_region_only_when_it_is_right(tmp_path):
-    facts = tmp_path / "facts"
-    environment = {"NCU_CHILD": "1", "NCU_FACTS": str(facts)}
-    ran = Run(tmp_path, "cheats.py", "--benchmark-disable", "-k", "zeros", **environment)
-    assert ran.code == 1
-    assert not facts.exists(), "a wrong cell was profiled"
-    ran = Run(tmp_path, "cheats.py", "--benchmark-disable", "-k", "honest_a_a", **environment)
-    assert ran.code == 0, ran.text
-    assert json.loads(facts.read_text())["device"] == "cpu"
-
-
-def test_a_job_that_requires_ncu_fails_without_it(tmp_path):
-    env = os.environ | {"REQUIRE_NCU": "1", "NCU": str(tmp_path / "absent")}
-    done = subprocess.run([sys.executable, "-m", "pytest", "--co", "-q", "-p", "no:cacheprovider",
-                           "tests/test_ncu.py"], cwd=ROOT, env=env, capture_output=True, text=True,
-                          check=False)  # fmt: skip
-    assert done.returncode == 4
-    assert "REQUIRE_NCU is set and this machine lacks ncu" in done.stderr
