@@ -34,6 +34,8 @@ STACKS: tuple[tuple[str, ...], ...] = (
     ("int8_weight_only", "prompt_lookup", "torch_compile"),
     # One C++ call per step instead of a compiled graph: how far does fusing by hand go ...
     ("decode_step", "int8_weight_only"),
+    # Do weights of half the bytes again make the step twice as fast?
+    ("decode_step", "int4_weight_only_g32"),
     # ... and is there anything left for speculation to save?
     ("decode_step", "prompt_lookup"),
     ("decode_step", "int8_weight_only", "prompt_lookup"),

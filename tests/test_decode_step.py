@@ -126,6 +126,41 @@ def test_int8_weights_are_read_as_they_are(dynamic, level):
     assert (got - expected).norm() <= tolerance * expected.norm()
 
 
+def quantized_to_int4(model):
+    """The linears but the head are int4; their ``forward`` computes in fp32."""
+    from impl.quantization.int4 import Int4Linear, quantize_linears
+
+    quantize_linears(model, 32)
+    assert all(isinstance(m.q_proj, Int4Linear) for m in (x.attention for x in model.layers))
+    return model
+
+
+@pytest.mark.parametrize("level", ISAS)
+@pytest.mark.parametrize("shape", ["grouped", "biases"])
+@torch.inference_mode()
+def test_int4_weights_are_read_as_they_are(shape, level):
+    if level not in build.isas():
+        pytest.skip(f"needs {level}; this processor's best is {build.isas()[0]}")
+    model = quantized_to_int4(decoder(**SHAPES[shape], intermediate_size=160))
+    ids = torch.randint(0, 300, (2, 8), generator=torch.Generator().manual_seed(1))
+    with build.isa(level):
+        got = steps(DecodeStep(model), ids, [1, 6, 1], KVCache(model.config, 2, 24))
+    expected = steps(model, ids, [1, 6, 1], KVCache(model.config, 2, 24))
+    assert (got - expected).norm() <= 32 * torch.finfo().eps * expected.norm()
+
+
+@torch.inference_mode()
+def test_int4_steps_have_the_same_bits_in_any_grouping(monkeypatch):
+    model = quantized_to_int4(decoder(intermediate_size=160))
+    step = DecodeStep(model)
+    ids = torch.randint(0, 300, (3, 12), generator=torch.Generator().manual_seed(1))
+    single = steps(step, ids, [1] * 12, KVCache(model.config, 3, 24))
+    assert torch.equal(single, steps(step, ids, [1, 7, 4], KVCache(model.config, 3, 24)))
+    for threads in (1, 3):  # 3 share 96 outputs unevenly
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
+        assert torch.equal(single, steps(step, ids, [2] * 6, KVCache(model.config, 3, 24)))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.inference_mode()
 def test_any_grouping_of_tokens_rows_and_threads_gives_the_same_bits(dtype, monkeypatch):

@@ -7,6 +7,9 @@ import math
 import pytest
 import torch
 
+from impl.core import NotEngaged
+from impl.quantization.int4 import Int4Linear, quantize_linears, stored_as_int4
+from impl.quantization.layers import Int8Embedding, Int8Linear
 from kernels.int4_a8_linear import int4_a8_linear
 from kernels.int4_a8_linear.reference import quantize_groups
 from kernels.int4_linear import dequantize, quantize
@@ -102,3 +105,80 @@ def test_a_scale_per_group_confines_an_outlier():
     per_row = (x / step).round() * step
     row = per_row.double() @ dequantize(packed, scale, 48, torch.float64).T
     assert sqnr_db(int4_a8_linear(x, packed, scale, 48), exact) > sqnr_db(row, exact) + 10
+
+
+# ---- the module -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@torch.inference_mode()
+def test_the_module_is_a_linear_layer_of_its_dequantized_weights(dtype):
+    linear = torch.nn.Linear(64, 20).to(dtype)
+    int4 = Int4Linear.from_float(linear, 32)
+    x = normal(3, 64, 5).to(dtype).transpose(1, 2)  # (3, 5, 64), its last dimension not dense
+    weight = dequantize(int4.packed, int4.scale, 20, torch.float64)
+    exact = x.double() @ weight.T + linear.bias.double()
+    got = int4(x)
+    assert (got.shape, got.dtype) == ((3, 5, 20), dtype)
+    rounding = torch.finfo(dtype).eps
+    assert (got.double() - exact).abs().max() <= 2 * rounding * exact.abs().max()
+
+
+class Tied(torch.nn.Module):
+    """A model with a layer of each fate, and ``lm_head`` tied to ``embed``."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Embedding(40, 64)
+        self.up, self.odd = torch.nn.Linear(64, 72), torch.nn.Linear(72, 64)
+        self.router = torch.nn.Linear(64, 4)
+        self.lm_head = torch.nn.Linear(64, 40, bias=False)
+        self.lm_head.weight = self.embed.weight
+
+    def forward(self, ids):
+        return self.lm_head(self.odd(self.up(self.embed(ids))))
+
+
+def test_layers_that_four_bits_do_not_suit_are_int8():
+    model = Tied()
+    quantize_linears(model, 32)
+    assert [type(m) for m in (model.up, model.odd, model.lm_head, model.embed, model.router)] == [
+        Int4Linear, Int8Linear, Int8Linear, Int8Embedding, torch.nn.Linear]  # fmt: skip
+    assert model.lm_head.weight.data_ptr() == model.embed.weight.data_ptr()
+
+
+def quantized_engine():
+    from types import SimpleNamespace
+
+    model = Tied().eval()
+    quantize_linears(model, 32)
+    ids = torch.arange(6)[None]
+    return SimpleNamespace(model=model, stats={}), lambda: model(ids)
+
+
+@torch.inference_mode()
+def test_the_proof_counts_bytes_and_puts_the_weights_back():
+    engine, run = quantized_engine()
+    before = run()
+    assert stored_as_int4(engine, run).startswith("1 layers read int4: 0.00 of 0.01 MB")
+    assert torch.equal(run(), before)
+    assert engine.stats["int4_bytes"] == 80 * 64 // 2 + 80 * 2 * 2  # 72 outputs padded to 80
+
+
+@torch.inference_mode()
+def test_the_proof_sees_layers_that_are_float_or_padded_or_not_read():
+    engine, run = quantized_engine()
+    plain = torch.ones(2)
+    with pytest.raises(NotEngaged, match="they are not read"):
+        stored_as_int4(engine, lambda: plain)
+    engine.model.odd = torch.nn.Linear(72, 64)
+    with pytest.raises(NotEngaged, match="1 layers still hold float weights: odd"):
+        stored_as_int4(engine, run)
+    engine, run = quantized_engine()
+    packed = engine.model.up.packed
+    engine.model.up.packed = torch.cat((packed, packed))[: len(packed)]
+    with pytest.raises(NotEngaged, match="more than half a byte"):
+        stored_as_int4(engine, run)
+    engine.model.up = Int8Linear.from_float(torch.nn.Linear(64, 72))
+    with pytest.raises(NotEngaged, match="no layer of the model holds int4"):
+        stored_as_int4(engine, run)

@@ -81,7 +81,7 @@ def zeroed(modules: list[Int8Weight]):
             module.weight.copy_(weight)
 
 
-def _values(out) -> list[torch.Tensor]:
+def values(out) -> list[torch.Tensor]:
     """The tensors of what a cell's call returns: ids, logits, or responses."""
     return [o.ids for o in out] if isinstance(out, list) else [getattr(out, "logits", out)]
 
@@ -92,8 +92,8 @@ def stored_as_int8(engine: Engine, run: Callable) -> str:
 
     modules = int8_modules(engine)
     with zeroed(modules):
-        without = [t.clone() for t in _values(run())]
-    if all(torch.equal(a, b) for a, b in zip(_values(run()), without, strict=True)):
+        without = [t.clone() for t in values(run())]
+    if all(torch.equal(a, b) for a, b in zip(values(run()), without, strict=True)):
         raise NotEngaged("the output is the same with zeros for int8 weights: they are not read")
     packed = sum({m.weight.data_ptr(): m.weight.nbytes for m in modules}.values())
     total = weight_bytes(engine.model)

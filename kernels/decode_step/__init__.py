@@ -18,14 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from kernels import build
+from kernels.linears import group_of, int4_checks
 from kernels.op import KernelError, expect
 
-FP32, BF16, INT8, INT8_DYNAMIC = range(4)
+FP32, BF16, INT8, INT8_DYNAMIC, INT4 = range(5)
 
 
 class _Linear(Structure):
     _fields_ = [("w", c_void_p), ("scale", c_void_p), ("bias", c_void_p), ("sums", c_void_p),
-                ("n", c_int64), ("k", c_int64), ("kind", c_int64)]  # fmt: skip
+                ("n", c_int64), ("k", c_int64), ("kind", c_int64), ("group", c_int64)]  # fmt: skip
 
 
 class _Layer(Structure):
@@ -52,7 +53,8 @@ class DecodeStep:
 
     model   a dense ``LeanDecoder``; its linears may hold fp32, bf16 or int8 weights (attributes
             ``weight`` (N, K) int8, ``scale`` (N,); with ``dynamic_activations`` true the
-            activations are quantized per token, to int8)
+            activations are quantized per token, to int8), or int4 (``packed`` and ``scale`` as
+            ``int4_linear.quantize`` makes them, ``out_features``; not the embedding)
     Keys and values go to a ``KVCache``.  Activations are fp32 inside, whatever the weights.
     Raises ``KernelError`` for a mixture of experts, other dtypes, devices, caches.
     """
@@ -81,7 +83,7 @@ class DecodeStep:
             vocab=config.vocab_size, window=config.sliding_window or 0, eps=config.norm_eps,
             final_norm=self._norm(model.norm), embed=self._linear(model.embed),
             head=self._linear(model.lm_head), layer=self.layers)  # fmt: skip
-        expect(self.model.embed.kind != INT8_DYNAMIC, "decode_step needs a plain embedding")
+        expect(self.model.embed.kind in (FP32, BF16, INT8), "decode_step needs a plain embedding")
         self.decoder, self._space = model, torch.empty(0)
         # not kept alive: whoever lends caches must see when one is let go
         self._cache: Callable[[], object] = lambda: None
@@ -96,7 +98,18 @@ class DecodeStep:
     def _norm(self, norm: nn.Module | None) -> int | None:
         return None if norm is None else self._pointer(norm.weight, torch.float32)
 
+    def _int4(self, module: nn.Module) -> _Linear:
+        packed, scale, n = module.packed, module.scale, module.out_features
+        x = torch.empty(0, packed.shape[1] * 8)
+        int4_checks("decode_step")(x, packed, scale, n)
+        bias = getattr(module, "bias", None)
+        return _Linear(self._pointer(packed), self._pointer(scale),
+                       None if bias is None else self._pointer(bias, torch.float32), None,
+                       n, x.shape[1], INT4, group_of(packed, scale))  # fmt: skip
+
     def _linear(self, module: nn.Module) -> _Linear:
+        if hasattr(module, "packed"):
+            return self._int4(module)
         weight = module.weight.detach()
         kinds = {torch.float32: FP32, torch.bfloat16: BF16, torch.int8: INT8}
         expect(weight.dtype in kinds and weight.dim() == 2 and weight.device.type == "cpu",

@@ -5,16 +5,17 @@
 #include <atomic>
 #include <memory>
 #include <sched.h>
-#include "dot.h"
+#include "int4.h"
 
-enum Kind : int32_t { FP32, BF16, INT8, INT8_DYNAMIC };
+enum Kind : int32_t { FP32, BF16, INT8, INT8_DYNAMIC, INT4 };
 
 struct Linear {  // w (n, k) row-major; scale (n,) fp32 for int8; sums (n,) of w for INT8_DYNAMIC
-    const void* w;
+    const void* w;         // INT4: w and scale as in int4.h
     const float *scale, *bias;
     const int32_t* sums;
     int64_t n, k;
-    int64_t kind;
+    int64_t kind, group;
+    int64_t unit() const { return kind == INT4 ? SIDE : TILE_ROWS; }  // outputs that stay together
 };
 struct Layer {
     const float *input_norm, *post_norm, *q_norm, *k_norm;  // the last two: null without
@@ -79,6 +80,10 @@ static void linear(const Linear& l, const Rows& x, int64_t n0, int64_t n1, float
     case INT8:
         return matmul_rows<Fma>(x.wide, x.K, x.M, (const int8_t*)l.w, l.k, n0, n1, l.k, scratch,
                                 [&](int64_t n, int64_t m, float v) { put(n, m, v * l.scale[n]); });
+    case INT4:
+        return int4_rows<Int4Fp32>(x.wide, x.K, x.M,
+                                   {(const uint32_t*)l.w, (const bf16*)l.scale, l.k, l.group}, n0,
+                                   n1, put);
     case INT8_DYNAMIC:
 #if defined(__AVX512VNNI__)
         return matmul_rows<DotInt8>(
@@ -236,7 +241,7 @@ struct Step {
                  int thread, float* scratch) {
         int64_t total = 0, at = 0;
         for (auto* l : parts) total += l->n;
-        const Share share(total, thread, team.size, TILE_ROWS);
+        const Share share(total, thread, team.size, parts[0]->unit());
         for (auto* l : parts) {
             const int64_t begin = std::max(share.begin - at, int64_t(0));
             const int64_t end = std::min(share.end - at, l->n);
@@ -260,12 +265,12 @@ struct Step {
             m.cache_bf16 ? attention<bf16>(l, thread) : attention<float>(l, thread);
             team.meet();
             if (l.o.kind == INT8_DYNAMIC) quantize(attended, n, H * D, thread);
-            const Share out(C, thread, team.size, TILE_ROWS);
+            const Share out(C, thread, team.size, std::max(l.o.unit(), l.down.unit()));
             linear<true>(l.o, activations(attended, n, H * D), out.begin, out.end, x, C, scratch);
             team.meet();
             normalize(l.post_norm, l.gate.kind == INT8_DYNAMIC, thread, x, n);
             team.meet();
-            const Share in(m.inner, thread, team.size, TILE_ROWS);
+            const Share in(m.inner, thread, team.size, l.gate.unit());
             linear<false>(l.gate, activations(h, n, C), in.begin, in.end, act, m.inner, scratch);
             linear<false>(l.up, activations(h, n, C), in.begin, in.end, up, m.inner, scratch);
             for (int64_t r = 0; r < n; ++r) {
@@ -289,7 +294,7 @@ struct Step {
         }
         normalize(m.final_norm, m.head.kind == INT8_DYNAMIC, thread, last, wanted);
         team.meet();
-        const Share share(m.vocab, thread, team.size, TILE_ROWS);
+        const Share share(m.vocab, thread, team.size, m.head.unit());
         linear<false>(m.head, activations(h, wanted, C), share.begin, share.end, logits, m.vocab, scratch);
         if (!argmax) return;
         for (int64_t r = 0; r < wanted; ++r) {
