@@ -184,6 +184,8 @@ def _compiled_code_runs(engine: Engine, run) -> str:
     """Compiled code is entered, as whole graphs, and a second run compiles nothing new."""
     from torch._dynamo.utils import counters
 
+    if engine.stats.get("compiled_by") == "transformers":
+        return _compiled_regions_traced(engine, run)
     parts = getattr(engine.model, "compiled", None)
     if parts is None:
         raise NotEngaged(f"the model is {type(engine.model).__name__}: nothing of it is compiled")
@@ -261,6 +263,8 @@ def torch_compile(engine: Engine) -> Engine:
         if engine.new_cache(1, 1).lockstep:
             engine.new_cache = preallocated(engine)
         engine.model = CompiledDecoder(engine.model, _options(engine.device)).eval()
+    elif "generate" in engine.spec.needs:  # a decoder that only transformers can run
+        return _compiled_by_transformers(engine)
     else:
         options = {k: v for k, v in _options(engine.device).items() if k != "cpp_wrapper"}
         engine.model = CompiledModule(engine.model, options).eval()
@@ -294,11 +298,16 @@ def peer_compiled_static(engine: Engine) -> Engine:
     is as long as a call needs, so each new total length compiles a step again.
     Source: https://huggingface.co/docs/transformers/llm_optims#static-kv-cache-and-torchcompile
     """
+    engine.stats["host"] = "transformers"
+    return _compiled_by_transformers(engine)
+
+
+def _compiled_by_transformers(engine: Engine) -> Engine:
     from transformers import CompileConfig
 
     config = CompileConfig(mode="default", fullgraph=True, dynamic=False)
     config._compile_all_devices = True  # the only way to ask for it on a CPU
-    engine.stats["host"] = "transformers"
+    engine.stats["compiled_by"] = "transformers"
     engine.generate = hf_generate(
         engine.model, cache_implementation="static", compile_config=config
     )

@@ -11,6 +11,7 @@ from torch import Tensor
 from impl.core import StudyError
 
 from . import data
+from .images import labelled_files, labelled_images
 
 if TYPE_CHECKING:
     from . import ModelSpec
@@ -67,6 +68,22 @@ def text_ids(spec: ModelSpec) -> Tensor:
     return ids
 
 
+def check_own_data(spec: ModelSpec) -> None:
+    """Raise ``StudyError`` when the user's ``--text`` or ``--data`` cannot serve this model."""
+    for option, given, kind in (
+        ("--text", spec.text, "decoder"),
+        ("--data", spec.data, "classifier"),
+    ):
+        if given and spec.kind != kind:
+            raise StudyError(
+                f"{option} is for a {kind}; {spec.path} is a {spec.kind}: leave it out"
+            )
+    if spec.text:
+        data.load_text(spec.text)
+    if spec.data:
+        labelled_files(spec)
+
+
 def prompts(spec: ModelSpec, batch: int, length: int, index: int) -> Tensor:
     """Prompts (batch, length) int64 of held-out text; ``index`` rotates through 32 of them."""
     if spec.source == "checkpoint":
@@ -105,9 +122,9 @@ def encode(spec: ModelSpec, texts: list[str]):
 
 
 def images(spec: ModelSpec, batch: int, index: int) -> Tensor:
-    """Images (batch, channels, height, width): held-out digits, or noise of the model's size."""
-    if spec.name == "digits_resnet":
-        held_out = data.digits().test_images
+    """Images (batch, channels, height, width): held-out digits, the user's own, or noise."""
+    if spec.name == "digits_resnet" or spec.data:
+        held_out = labelled_images(spec)[0] if spec.data else data.digits().test_images
         return held_out[[(index * batch + i) % len(held_out) for i in range(batch)]]
     config = spec.config
     size = config.get("image_size") or 224

@@ -1,7 +1,7 @@
 """What a technique costs in quality, measured against a reference on held-out data.
 
 Decoders     perplexity, KL (nats per token), top-1 agreement, completion of held-out names
-Classifiers  accuracy on the held-out digits (agreement with the reference for a user's own model)
+Classifiers  accuracy on the held-out digits, or on the user's images; agreement without any
 Encoders     cosine to the reference's embeddings, retrieval of a pydoc topic by its title
 
 Each is a paired difference, so its standard error is that of the difference, not of the metric.
@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from impl.core import Engine, StudyError
 
 from . import data, inputs
+from .images import labelled_images
 
 CONTEXT = 256  # tokens of one row of held-out text; two rows make a forward
 ROWS = 2
@@ -170,6 +171,8 @@ def _classifier(engine: Engine, reference: Engine, size) -> list[dict]:
     if engine.spec.name == "digits_resnet":
         digits = data.digits()
         images, labels = digits.test_images[: size[2]], digits.test_labels[: size[2]]
+    elif engine.spec.data:
+        images, labels = labelled_images(engine.spec)
     else:
         images = inputs.images(engine.spec, 4 * engine.batch, 0)
     count = _batches(engine, len(images))

@@ -8,6 +8,7 @@ import pytest
 
 from impl.core import TECHNIQUES, StudyError
 from impl.models import SPECS, spec_of
+from impl.models.inputs import check_own_data
 from tests import matrix
 
 
@@ -50,6 +51,7 @@ def pytest_configure(config):
         if option.model:
             spec = spec_of(option.model)
             spec = dataclasses.replace(spec, text=option.text, data=option.data)
+            check_own_data(spec)
             specs[spec.name], models = spec, [*models, spec.name]
         elif option.text or option.data:
             raise StudyError("--text and --data go with --model; name the checkpoint too")
