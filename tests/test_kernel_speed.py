@@ -9,7 +9,7 @@ from kernels.op import OPS
 from tests import kernel_speed, matrix
 from tests.kernel_cases import SPEEDS, Rival
 from tests.kernel_speed import Disagrees, KernelCell
-from tests.plugins.kernels import asked_for
+from tests.plugins.kernels import asked_for, undescribed
 
 SMALL = KernelCell("rms_norm", "reference", "fp32", (40, 64))
 LINEAR = KernelCell("int8_linear", "reference", "fp32", (3, 32, 64))
@@ -96,6 +96,11 @@ def test_what_cannot_run_here_says_so():
     )
     assert "needs cuda for fp16" in dataclasses.replace(SMALL, precision="fp16").missing("cpu")
     assert SMALL.missing("cpu") is None
+
+
+def test_an_operation_without_a_description_says_so():
+    skipped = undescribed("new_operation").marks[1]
+    assert skipped.kwargs["reason"].startswith("new_operation has no Speed yet: describe one")
 
 
 # ---- what a cell measures --------------------------------------------------------------------

@@ -8,6 +8,7 @@ where times are taken (``--benchmark-only``), or by the node id of one cell.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,7 +47,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         reason = cell.missing(device)
         skip = [pytest.mark.skip(reason=reason)] if reason else []
         params.append(pytest.param(name, id=name, marks=[cell.mark(), *skip]))
+    if cells:
+        params += [undescribed(op) for op in kernel_speed.CASES if op not in kernel_speed.SPEEDS]
     metafunc.parametrize("cell", params)
+
+
+def undescribed(op: str) -> Any:
+    """An operation that nobody said how to time: it is not left out in silence."""
+    reason = f"{op} has no Speed yet: describe one beside its Case in tests/kernel_cases"
+    marks = [pytest.mark.cell(techniques=op, model=kernel_speed.MODEL, workload=op),
+             pytest.mark.skip(reason=reason)]  # fmt: skip
+    return pytest.param(op, id=f"{op}-{kernel_speed.MODEL}", marks=marks)
 
 
 @pytest.hookimpl(tryfirst=True)
