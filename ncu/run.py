@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -252,12 +253,11 @@ def without_counters(node: Node, plan: Plan, outcome: Outcome) -> dict[str, Any]
 def describe_machine(plan: Plan) -> None:
     """What one needs to know when a run far away went wrong, in raw/machine.txt."""
     reader = report.module(plan.ncu)
-    torch = [sys.executable, "-c", "import torch; print(torch.__version__, torch.version.cuda)"]
     words = {
         "ncu": f"{plan.ncu} {command.version(plan.ncu) if plan.ncu else ''}",
         "reader": getattr(reader, "__file__", "none: CSV"),
         "counters": command.restricted() or "the driver says nothing of who may read them",
-        "torch": command.asked(torch, 60.0).strip(),
+        "torch": version("torch"),
         "capabilities": "".join(re.findall(r"CapEff.*", text_of(Path("/proc/self/status")))),
         "nvidia-smi": "\n" + command.asked(["nvidia-smi"]),
     }
