@@ -150,8 +150,12 @@ def change(given: Input) -> Callable[[], None]:
 
 @contextlib.contextmanager
 def kept_memory() -> Iterator[None]:
-    """Freed memory stays with the process, so that no side pays page faults for its output."""
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+    """Freed memory stays with the process, so that no side pays page faults for its output.
+
+    glibc's own thresholds move while a process runs, until somebody sets them: afterwards they are
+    set to where they would have come to rest.
+    """
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
     try:
         libc = ctypes.CDLL(None)
         mallopt, trim = libc.mallopt, libc.malloc_trim
@@ -164,7 +168,8 @@ def kept_memory() -> Iterator[None]:
         yield
     finally:
         mallopt(M_MMAP_MAX, 65536)
-        mallopt(M_TRIM_THRESHOLD, 128 << 10)
+        mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(M_TRIM_THRESHOLD, 64 << 20)
         trim(0)
 
 

@@ -120,7 +120,10 @@ def cell_of(item):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Tests of one cell run together, cells of one model together, the baseline first."""
+    """Tests of one cell run together, cells of one model together, the baseline first.
+
+    Kernels come last: how they keep memory must not move a stack's time.
+    """
     empty = [i for i in items if getattr(i, "callspec", None) and "cell" in i.fixturenames
              and cell_of(i) is None and not i.get_closest_marker("kernels")]  # fmt: skip
     if empty:  # no selected cell moves this test's number
@@ -130,6 +133,8 @@ def pytest_collection_modifyitems(config, items):
     models = {name: i for i, name in enumerate(config.selection.specs)}
 
     def order(item):
+        if item.get_closest_marker("kernels"):
+            return (2,)
         if (cell := cell_of(item)) is None:
             return (0,)
         return 1, models[cell.model], cell.precision != "fp32", cell.batch, place[cell]
