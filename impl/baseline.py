@@ -8,6 +8,7 @@ import torch
 
 from .core import GREEDY, Engine, NotEngaged, Request, Response, Sampling, technique
 from .fidelity import bitwise, same_tokens
+from .machine import finish
 
 
 def hf_generate(model, **defaults):
@@ -55,8 +56,8 @@ class _Marks:
         pass
 
 
-def serve_one_by_one(generate):
-    """``serve`` that answers requests in order of arrival, one at a time."""
+def serve_one_by_one(engine: Engine):
+    """``serve`` that answers requests in order of arrival, one by one, by ``engine.generate``."""
 
     def serve(requests: list[Request]) -> list[Response]:
         start, answers = time.perf_counter(), {}
@@ -67,9 +68,12 @@ def serve_one_by_one(generate):
 
             def mark(_, first=first):
                 if not first:
+                    finish(engine.device)
                     first.append(time.perf_counter() - start)
 
-            ids = generate(request.ids[None], request.max_new_tokens, on_token=mark)[0]
+            prompt = request.ids[None].to(engine.device)
+            ids = engine.generate(prompt, request.max_new_tokens, on_token=mark)[0]
+            ids = ids.to(request.ids.device)  # waits for the last token
             now = time.perf_counter() - start
             answers[request.id] = Response(request.id, ids, first[0] if first else now, now)
         return [answers[r.id] for r in requests]
@@ -100,7 +104,7 @@ def eager(engine: Engine) -> Engine:
     engine.stats["host"] = "transformers"
     if "generate" in engine.spec.needs:
         engine.generate = hf_generate(engine.model)
-        engine.serve = serve_one_by_one(engine.generate)
+        engine.serve = serve_one_by_one(engine)
     return engine
 
 
@@ -130,7 +134,7 @@ def no_kv_cache(engine: Engine) -> Engine:
     """
     engine.stats["host"] = "transformers"
     engine.generate = hf_generate(engine.model, use_cache=False)
-    engine.serve = serve_one_by_one(engine.generate)
+    engine.serve = serve_one_by_one(engine)
     return engine
 
 
@@ -164,7 +168,5 @@ def lean_decoder(engine: Engine) -> Engine:
     engine.generate = lambda ids, n, sampling=GREEDY, on_token=None: generate(
         engine.model, engine.new_cache, ids, n, sampling, on_token
     )
-    engine.serve = serve_one_by_one(
-        lambda *args, **options: engine.generate(*args, **options)  # whatever replaced it
-    )
+    engine.serve = serve_one_by_one(engine)
     return engine

@@ -311,5 +311,5 @@ def _compiled_by_transformers(engine: Engine) -> Engine:
     engine.generate = hf_generate(
         engine.model, cache_implementation="static", compile_config=config
     )
-    engine.serve = serve_one_by_one(lambda *args, **options: engine.generate(*args, **options))
+    engine.serve = serve_one_by_one(engine)
     return engine

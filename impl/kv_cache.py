@@ -112,5 +112,5 @@ def peer_static_cache(engine: Engine) -> Engine:
     engine.stats["host"] = "transformers"
     engine.stats["compiled_by_generate"] = engine.device.type != "cpu"
     engine.generate = hf_generate(engine.model, cache_implementation="static")
-    engine.serve = serve_one_by_one(lambda *args, **options: engine.generate(*args, **options))
+    engine.serve = serve_one_by_one(engine)
     return engine

@@ -82,3 +82,11 @@ def memory_bytes(device: str = "cpu") -> int:
     import psutil
 
     return psutil.virtual_memory().available
+
+
+def finish(device) -> None:
+    """Wait for a torch device: a token exists once it is computed, not once it is launched."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)

@@ -75,7 +75,7 @@ def host_sync_free(engine: Engine) -> Engine:
     engine.generate = lambda ids, n, sampling=GREEDY, on_token=None: generate_on_device(
         engine.model, ids, n, sampling, on_token
     )
-    engine.serve = serve_one_by_one(engine.generate)
+    engine.serve = serve_one_by_one(engine)
     return engine
 
 

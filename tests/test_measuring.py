@@ -218,3 +218,15 @@ def test_the_code_version_follows_the_code(tmp_path):
         versions.append(machine.code_version(tmp_path))
     assert len(set(versions)) == 2
     assert all(itertools.starmap(re.fullmatch, [("[0-9a-f]{12}", v) for v in versions]))
+
+
+@pytest.mark.parametrize(("device", "gpus", "workers"), [(None, 4, 4), ("cuda", 2, 2),
+                                                         ("cpu", 4, None), (None, 0, None)])  # fmt: skip
+def test_automatic_workers_are_one_per_gpu(device, gpus, workers, monkeypatch):
+    from types import SimpleNamespace
+
+    from tests.plugins import devices
+
+    monkeypatch.setattr(devices, "_gpu_count", lambda: gpus)
+    config = SimpleNamespace(option=SimpleNamespace(device=device))
+    assert devices.pytest_xdist_auto_num_workers(config) == workers

@@ -10,9 +10,10 @@ import torch
 from impl.baseline import hf_generate
 from impl.core import Engine, NotEngaged, Request, Response, technique
 from impl.fidelity import same_tokens
+from impl.machine import finish
 
 from .proofs import crowd
-from .replay import Arrivals, Clock, finish, slots_for
+from .replay import Arrivals, Clock, slots_for
 
 PAGE = 256  # tokens in a block of the manager's cache (its default in 5.17 and in 5.23)
 PACKED_TOKENS = 2048  # prompt and new tokens in one forward of the manager, at most

@@ -102,9 +102,3 @@ class Meter:
         busy = clock.now() - clock.waited
         if self.engine.device.type == "cpu" and busy > 0:  # elsewhere launching is not running
             self.engine.stats["scheduler_share"] = 1 - self.model_s / busy
-
-
-def finish(device: torch.device) -> None:
-    """Wait for the device: a token exists once it is computed, not once it is launched."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -9,9 +9,10 @@ import torch
 
 from impl.core import Engine, Request, Response, technique
 from impl.fidelity import same_tokens
+from impl.machine import finish
 
 from .proofs import joins_while_others_decode, several_per_step
-from .replay import Arrivals, Clock, Meter, finish, slots_for
+from .replay import Arrivals, Clock, Meter, slots_for
 
 
 @technique(phase="schedule", fidelity=same_tokens, needs={"generate", "lean"}, min_batch=2,

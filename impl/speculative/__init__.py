@@ -160,5 +160,5 @@ def peer_prompt_lookup(engine: Engine) -> Engine:
 def _peer(engine: Engine, **options) -> Engine:
     engine.stats["host"] = "transformers"
     engine.generate = _rows_apart(hf_generate(engine.model, **options))
-    engine.serve = serve_one_by_one(lambda *args, **named: engine.generate(*args, **named))
+    engine.serve = serve_one_by_one(engine)
     return engine

@@ -54,6 +54,13 @@ def _require(variable, what, there):
         raise pytest.UsageError(f"{variable} is set and this machine lacks {what}")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """``-n auto`` on a machine with GPUs: one worker per GPU."""
+    wanted = config.option.device
+    return _gpu_count() or None if wanted is None or wanted.startswith("cuda") else None
+
+
 def _cuda_is_there():
     import torch
 
