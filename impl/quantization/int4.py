@@ -117,7 +117,8 @@ def int4_weight_only_g32(engine: Engine) -> Engine:
     bytes.  Does not for long prompts and large batches, where arithmetic decides.  Costs quality
     where int8 costs none: rounded to the nearest level, nothing is calibrated.  Measured: the
     perplexity of `lm_small` rises by 0.84 % (bf16 0.86 %), KL divergence 0.015; `minilm`'s cosine
-    is 0.967.
+    is 0.967.  A fused decode step of two layers of width 2048, 59 MB, one Zen 4 core (its CPU time,
+    interleaved): 1.95 times int8 weights, 3.05 times bf16.
     Source: Dettmers and Zettlemoyer 2023 (small blocks at four bits),
     https://arxiv.org/abs/2212.09720
     """

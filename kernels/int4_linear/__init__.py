@@ -66,6 +66,11 @@ def int4_linear(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, outp
     Helps at small batch, where the time is that of reading the weights: 4.5 bits each with groups
     of 32, 4.125 with 128.  Does not at large batch, where widening costs and nothing is saved:
     see ``int4_a8_linear``.
+    Measured on a Zen 4 core (its CPU time, medians of interleaved calls; only ratios mean much),
+    groups of 32.  16384 x 16384, one row: bf16 streams weights and scales at 1.05 of the rate at
+    which torch's fastest reduction reads them, fp32 at 0.71, bound by its 23 vector instructions a
+    cache line.  4096 x 4096, bf16: 2.6 times torch's bf16 linear at 8 rows, 1.8 at 16, 1.1 at 64,
+    and 2.4 times ``torch._weight_int4pack_mm_for_cpu`` at each.
     A row of a batch has the same bits as alone, on a CPU.
     """
     return _OP(x, packed, scale, outputs, bias, impl=impl)

@@ -1,7 +1,7 @@
 // y = x (scale * q)^T + bias; q of four bits, a scale per group of inputs.  At small batch the time
 // is that of reading q: once, in order, each thread a run of outputs.  A lane's eight nibbles become
-// numbers by a shift and a table in registers: 24 vector instructions a cache line with fp32
-// activations, 12 with bf16 ones where the processor multiplies those.
+// numbers by shifts, masks and a table in registers: 23 vector instructions a cache line with fp32
+// activations, 11 with bf16 ones where the processor multiplies those.
 #include <memory>
 #include "int4.h"
 
