@@ -8,10 +8,14 @@ import sys
 import pytest
 import torch
 
+from impl.core import Engine
 from kernels import build
+from kernels.decode_attention import decode_attention
 from kernels.flash_attention import flash_attention, flops
+from kernels.paged_attention import paged_attention
 from tests.kernel_cases import random
 from tests.kernel_tools import ROOT
+from tests.tiny import SPEC
 
 
 @pytest.fixture(autouse=True)
@@ -92,3 +96,84 @@ def test_flops_count_the_pairs_that_see_each_other():
     with FlopCounterMode(display=False) as count:
         flash_attention(q, k, k)
     assert count.get_total_flops() == flops(2, 4, 5, 8, 16, causal=True)
+
+
+# ---- a few tokens over a cache --------------------------------------------------------------
+
+
+def cached(batch, heads, kv_heads, queries, slots, dim, dtype=torch.float32):
+    q = random(batch, heads, queries, dim, dtype=dtype)
+    keys, values = (random(batch, kv_heads, slots, dim, seed=i, dtype=dtype) for i in (1, 2))
+    return q, keys, values
+
+
+def test_a_step_over_a_cache_is_the_last_row_of_a_prompt():
+    q, keys, values = cached(2, 4, 2, 3, 700, 64)
+    whole = flash_attention(q, keys, values, impl="cpu")
+    step = decode_attention(q, keys, values, torch.tensor([700, 700]), impl="cpu")
+    assert (step - whole).abs().max() <= 4 * torch.finfo(q.dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_slots_beyond_the_length_are_never_read(dtype):
+    q, keys, values = cached(3, 4, 2, 2, 600, 32, dtype)
+    lengths = torch.tensor([1, 65, 513])
+    clean = decode_attention(q, keys, values, lengths, impl="cpu")
+    for b, length in enumerate(lengths.tolist()):
+        keys[b, :, length:], values[b, :, length:] = torch.nan, torch.nan
+    assert torch.equal(decode_attention(q, keys, values, lengths, impl="cpu"), clean)
+    assert not clean.isnan().any()
+    assert not clean[0, :, 0].any()  # the first of two tokens in a row of one sees nothing
+
+
+@pytest.mark.parametrize("page", [1, 3, 20, 600])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pages_are_the_same_bits_as_a_row(dtype, page):
+    q, keys, values = cached(2, 4, 2, 2, 600, 32, dtype)
+    lengths = torch.tensor([600, 301])
+    most = 600 // page
+    table = torch.randperm(2 * most, generator=torch.Generator().manual_seed(0)).int().view(2, most)
+    paged = []
+    for held in (keys, values):
+        pages = held.view(2, 2, most, page, 32).transpose(1, 2).reshape(-1, 2, page, 32)
+        paged.append(pages[table.flatten().argsort()])
+    got = paged_attention(q, *paged, table, lengths, impl="cpu")
+    assert torch.equal(got, decode_attention(q, keys, values, lengths, impl="cpu"))
+
+
+def test_rows_may_share_a_page():
+    q, keys, values = cached(2, 2, 1, 1, 8, 16)
+    table = torch.tensor([[0, 1], [0, 1]], dtype=torch.int32)
+    q[1] = q[0]
+    got = paged_attention(q, keys.view(4, 1, 4, 16), values.view(4, 1, 4, 16), table,
+                          torch.tensor([7, 7]), impl="cpu")  # fmt: skip
+    assert torch.equal(got[0], got[1])
+
+
+# ---- in the model ---------------------------------------------------------------------------
+
+
+def test_a_prompt_goes_through_our_operator_until_the_engine_is_closed():
+    """Grouped heads; on a CPU SDPA is one operator too, so none is saved but its arithmetic."""
+    from impl import attention
+    from impl.models.decoder import DecoderConfig, LeanDecoder
+
+    config = DecoderConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4,
+        num_kv_heads=2, head_dim=8, max_positions=64, norm_eps=1e-6,
+        rope_frequencies=(1.0, 0.1, 0.01, 0.001))  # fmt: skip
+    engine = Engine(SPEC, LeanDecoder(config).eval(), torch.float32, torch.device("cpu"))
+    ids = torch.arange(20)[None]
+
+    def counted():
+        with torch.inference_mode(), attention.Attentions() as count:
+            return engine.model(ids), count
+
+    plain, before = counted()
+    attention.flash_attention(engine)
+    ours, after = counted()
+    assert (after.ours, after.theirs) == (config.num_layers, 0)
+    assert before.theirs >= config.num_layers
+    assert (ours - plain).abs().max() <= 64 * torch.finfo(torch.float32).eps * plain.abs().max()
+    engine.undo.close()
+    assert counted()[1].ours == 0

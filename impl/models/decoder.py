@@ -181,10 +181,15 @@ class Attention(nn.Module):
         k = rotate(k, cos, sin).transpose(1, 2)  # (B, Hkv, T, D)
         if cache is not None:
             k, v = cache.update(self.layer, k, v, positions)  # (B, Hkv, S, D)
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=self.grouped
-        )
+        out = self.attend(q, k, v, mask)  # (B, H, T, D)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """softmax(q k^T / sqrt(D)) v; no mask is plain causal, or one query that sees all keys."""
+        causal = mask is None and q.shape[2] > 1
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped
+        )
 
 
 class SwiGLU(nn.Module):

@@ -9,6 +9,7 @@
 #endif
 #ifdef __CUDACC_RTC__  // no math.h
 #define INFINITY __int_as_float(0x7f800000)
+#define NAN __int_as_float(0x7fffffff)
 #endif
 using bf16 = __nv_bfloat16;
 using f16 = __half;

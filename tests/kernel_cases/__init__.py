@@ -25,6 +25,7 @@ class Case:
     shapes          small and odd; the first has several rows
     large           a shape at which threads share the work
     row_args        arguments whose first dimension is that of the outputs
+    row_numbers     integers of which each row has its own; sliced with it, never scaled
     row_stable      a row's result has the same bits whatever stands in the other rows
     short_argument  the tensor argument that a bounds test shortens
     mma             the opcode that matrix kernels must have, per architecture
@@ -37,6 +38,7 @@ class Case:
     large: tuple[int, ...]
     dtypes: tuple[str, ...] = ("fp32", "bf16", "fp16")
     row_args: tuple[int, ...] = (0,)
+    row_numbers: tuple[int, ...] = ()
     row_stable: bool = True
     short_argument: int = 1
     mma: dict[str, str] = field(default_factory=dict)
