@@ -13,7 +13,7 @@ struct Strides {  // in elements, of batch, head and token; the last dimension i
     int64_t batch, head, token;
 };
 constexpr int64_t KEYS = 128;  // of a block; a multiple of PANEL
-constexpr int64_t MOST_ROWS = 64 * TALL, FEWEST_ROWS = 8 * TALL;  // of queries that share a packed block
+constexpr int64_t MOST_QUERIES = 64 * TALL, FEWEST_ROWS = 8 * TALL;  // of queries that share a packed block
 
 static int64_t rounded(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
@@ -162,7 +162,7 @@ static void flash_attention(const T* q, const T* k, const T* v, T* y, const int6
     Strides st[4];  // q, k, v, y
     std::memcpy(st, strides, sizeof st);
     const int64_t group = n.heads / n.kv_heads, all = group * n.queries, pairs = n.batch * n.kv_heads;
-    int64_t rows = MOST_ROWS;
+    int64_t rows = MOST_QUERIES;
     while (rows > FEWEST_ROWS && (all + rows - 1) / rows * pairs < 4 * threads) rows /= 2;
     const int64_t groups = (all + rows - 1) / rows, units = groups * pairs;
     std::atomic<int64_t> taken{0};
