@@ -120,11 +120,16 @@ class Input:
 
 
 def rolled(args: list[Any], by: int) -> list[Any]:
-    """Other contents of the same distribution: every tensor rolled, memory of its own."""
+    """Memory of its own for every tensor, and other numbers of the same distribution.
+
+    Integers keep their values: lengths and tables of pages belong together, and packed weights
+    need no others, since x differs.
+    """
     return [
-        a.roll(by, 0 if len(a) > MOST_INPUTS else -1) if isinstance(a, torch.Tensor) else a
+        a if not isinstance(a, torch.Tensor)
+        else a.roll(by, 0 if len(a) > MOST_INPUTS else -1) if a.is_floating_point() else a.clone()
         for a in args
-    ]
+    ]  # fmt: skip
 
 
 def nbytes(values: Any) -> int:

@@ -141,6 +141,15 @@ def test_inputs_exceed_the_caches(monkeypatch):
     assert len({x.args[0].data_ptr() for x in inputs}) == len(inputs)
 
 
+def test_other_inputs_keep_their_lengths_and_tables():
+    lengths, x = torch.tensor([3, 9, 5]), torch.randn(3, 8)
+    other = kernel_speed.rolled([x, lengths, 0.5], 1)
+    assert not torch.equal(other[0], x)
+    assert torch.equal(other[1], lengths)
+    assert other[1].data_ptr() != lengths.data_ptr()
+    assert other[2] == 0.5
+
+
 def test_bytes_and_flops_are_the_operations_own():
     from kernels import rms_norm
 
