@@ -277,7 +277,8 @@ def _compiled_regions_traced(engine: Engine, run) -> str:
 
     run()
     broken = sum(counters["graph_break"].values())
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, acc_events=True) as profiler:
         run()
     names = [e.name() for e in profiler.profiler.kineto_results.events()]
     regions = sum(name.startswith("Torch-Compiled Region") for name in names)

@@ -220,8 +220,10 @@ def test_the_code_version_follows_the_code(tmp_path):
     assert all(itertools.starmap(re.fullmatch, [("[0-9a-f]{12}", v) for v in versions]))
 
 
-@pytest.mark.parametrize(("device", "gpus", "workers"), [(None, 4, 4), ("cuda", 2, 2),
-                                                         ("cpu", 4, None), (None, 0, None)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("device", "gpus", "workers"),
+    [(None, 4, 4), ("cuda", 2, 2), ("cpu", 4, None), (None, 0, None)],
+)
 def test_automatic_workers_are_one_per_gpu(device, gpus, workers, monkeypatch):
     from types import SimpleNamespace
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from impl.core import stack
 from impl.speculative import PromptLookup, speculate
 from impl.speculative.drafters import Row
 from impl.speculative.payoff import LEARNING_RATE, TRIALS, Payoff
@@ -30,7 +31,8 @@ def test_rows_without_a_guess_pay_for_the_others():
     payoff = payoff_of(4, 1.0, 2.5)
     for _ in range(60):
         payoff.learn("kind", 4)
-    assert payoff.worth(["kind", None]) and not payoff.worth(["kind", None, None])
+    assert payoff.worth(["kind", None])
+    assert not payoff.worth(["kind", None, None])
 
 
 def test_a_compilation_in_the_first_wide_step_is_forgotten():
@@ -59,3 +61,16 @@ def test_costly_verification_is_given_up_and_no_token_changes(monkeypatch):
     for _ in range(2):
         assert torch.equal(target.generate(ids, 40), speculate(target, drafter, ids, 40))
     assert target.stats["drafted"] == 0
+
+
+def test_the_proof_looks_even_where_guesses_do_not_pay():
+    engine = engine_of(tiny(0), "prompt_lookup")
+    ids = prompts(1, 6).repeat(1, 4)
+    drafter = engine.generate.drafter
+    drafter.took = lambda width, seconds: drafter.payoff.took(width, width**2)
+    for _ in range(2):
+        engine.generate(ids, 40)
+    assert not engine.stats["drafted"]
+    prove = stack("prompt_lookup")[0].effect
+    assert "guesses accepted" in prove(engine, lambda: engine.generate(ids, 40))
+    assert engine.stats["drafted"]

@@ -38,10 +38,13 @@ def _guesses_verified(engine: Engine, run) -> str:
     """The target really sees k + 1 tokens at once, and emits more than one a step."""
     widths: list[int] = []
     hook = engine.model.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
+    drafter = getattr(engine.generate, "drafter", None)
     try:
         engine.stats.pop("drafted", None)
         run()
         if not engine.stats.get("accepted"):  # a text that repeats itself, with room to agree
+            if hasattr(drafter, "forget"):  # that guesses do not pay here is no reason not to look
+                drafter.forget()
             engine.generate(torch.arange(8, device=engine.device).repeat(1, 8), 64)
     finally:
         hook.remove()
@@ -59,9 +62,12 @@ def _guesses_verified(engine: Engine, run) -> str:
 def _verify_with(engine: Engine, drafter) -> Engine:
     if engine.new_cache(1, 1).lockstep:  # rows of a batch come to stand at different places
         engine.new_cache = preallocated(engine)
-    engine.generate = lambda ids, n, sampling=GREEDY, on_token=None: speculate(
-        engine, drafter, ids, n, sampling, on_token
-    )
+
+    def generate(ids, max_new_tokens, sampling=GREEDY, on_token=None):
+        return speculate(engine, drafter, ids, max_new_tokens, sampling, on_token)
+
+    generate.drafter = drafter
+    engine.generate = generate
     return engine
 
 

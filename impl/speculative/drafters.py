@@ -109,6 +109,10 @@ class PromptLookup:
         self.payoff = self.payoffs.setdefault(len(ids), Payoff(self.k))  # of this batch
         self.rows = [Row(row, self.payoff) for row in ids.tolist()]
 
+    def forget(self) -> None:
+        """What guesses cost and bring is to be learned again: the next ones are verified."""
+        self.payoffs.clear()
+
     def took(self, width: int, seconds: float) -> None:
         """A step of ``width`` tokens per row took so long."""
         self.payoff.took(width, seconds)
