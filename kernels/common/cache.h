@@ -86,7 +86,7 @@ public:
             const T *const *keys = all_keys + (s - first), *const *values = all_values + (s - first);
             for (int64_t i = 0; i < even; i += LANES)
                 for (int64_t r = 0; r < rows; ++r) {
-                    if (r == 0) fetch(keys + i + AHEAD);
+                    fetch(keys + i + AHEAD, LANES * r / rows, LANES * (r + 1) / rows);
                     store(score.get() + r * BLOCK + i, scores(q + r * q_stride, keys + i));
                 }
             float keep[4];
@@ -104,9 +104,10 @@ public:
     }
 
 private:
-    // The hardware follows a stream in order; the keys of a vector are read side by side.
-    void fetch(const T* const* from) const {
-        for (int i = 0; i < LANES; ++i)
+    // The hardware follows a stream in order; the keys of a vector are read side by side.  Each query
+    // fetches its share of them, so that reading goes on while the others compute.
+    void fetch(const T* const* from, int64_t begin, int64_t end) const {
+        for (int64_t i = begin; i < end; ++i)
             for (int64_t d = 0; d < dim; d += 64 / sizeof(T)) __builtin_prefetch(from[i] + d);
     }
 
