@@ -169,6 +169,9 @@ def decode_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
     size on a GPU, whose host would have to wait to see them.
     Time: bytes of the slots in use / bandwidth, if B * Hkv * S / chunk fills the processor.
     A row of a batch has the same bits as alone.
+    Measured on 2 threads of an AMD EPYC (Zen 4) at 8192 slots, medians of 25 pairs with torch.sum
+    over as many bytes: 0.68 of its rate in fp32 and 0.80 in bf16 (4 rows, 8 heads of 64); with 4
+    heads to a kv head 0.65 and 0.70.  Short of 0.85: arithmetic does not hide behind the reads.
     """
     if scale is None:
         scale = q.shape[-1] ** -0.5
