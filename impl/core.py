@@ -94,8 +94,8 @@ class Engine:
     dtype: torch.dtype
     device: torch.device
     batch: int = 1
-    generate: Callable[..., torch.Tensor] | None = None
-    serve: Callable[[list[Request]], list[Response]] | None = None
+    generate: Any = None  # callables, as above; None where the model does not generate
+    serve: Any = None
     new_cache: Callable[[int, int], Any] | None = None
     undo: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     stats: dict[str, Any] = field(default_factory=dict)

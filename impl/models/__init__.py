@@ -84,7 +84,7 @@ _DECODER = frozenset({"generate", "lean", "linear", "attention"})
 _CONV_NET = frozenset({"conv", "linear", "classify", "unaligned"})  # 10 and 1000 classes
 _LANGUAGE = ("perplexity", "kl", "top1_agreement", "completion")
 
-_LLAMA_1B = {
+_LLAMA_1B: dict[str, Any] = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128256,
     "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
     "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,

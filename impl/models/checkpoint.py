@@ -160,7 +160,7 @@ def load_checkpoint(spec: ModelSpec, dtype: torch.dtype) -> nn.Module:
     """The user's checkpoint through transformers' own classes."""
     folder = resolve(str(spec.path))
     weight_files(folder)
-    model = _from_pretrained(spec, folder, dtype)
+    model: Any = _from_pretrained(spec, folder, dtype)
     if model.config.model_type == "gpt2":
         replace_conv1d(model)
     return _wrapped(spec, model, folder)
@@ -181,7 +181,7 @@ def load_shipped(spec: ModelSpec, dtype: torch.dtype) -> nn.Module:
     from . import _shipped_name, shipped_files
 
     _, files = shipped_files(_shipped_name(spec))
-    state = {}
+    state: dict[str, torch.Tensor] = {}
     for file in files:
         header(file)
         state |= load_file(file)

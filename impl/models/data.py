@@ -14,7 +14,7 @@ import sysconfig
 import tokenize
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -169,7 +169,7 @@ def tokenizer() -> Tokenizer:
 def encode_documents(documents: list[str]) -> Tensor:
     """Token ids of the documents, each one begun by the end-of-text token: (N,) int64."""
     tok = tokenizer()
-    end = tok.token_to_id(END_OF_TEXT)
+    end: Any = tok.token_to_id(END_OF_TEXT)
     ids: list[int] = []
     for encoding in tok.encode_batch(documents, add_special_tokens=False):
         ids.append(end)

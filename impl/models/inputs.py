@@ -115,7 +115,7 @@ def encode(spec: ModelSpec, texts: list[str]):
 
         path = str(package_folder())
     else:
-        path = spec.path
+        path = str(spec.path)
     return _tokenizer(path)(
         texts, padding="max_length", truncation=True, max_length=SENTENCE_TOKENS,
         return_tensors="pt")  # fmt: skip

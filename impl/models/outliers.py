@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
 
 CHANNELS = 6
 FACTOR = 32.0  # a power of two: scaling up and down again is exact in every float format
 
 
 @torch.no_grad()
-def plant_outliers(model: nn.Module, channels: int = CHANNELS, factor: float = FACTOR,
+def plant_outliers(model: Any, channels: int = CHANNELS, factor: float = FACTOR,
                    seed: int = 0) -> None:  # fmt: skip
     """norm.weight[c] * factor and next.weight[:, c] / factor for a few channels c, in place.
 

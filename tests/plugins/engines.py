@@ -132,9 +132,9 @@ class Checks:
                 self._done[key] = check(), None
             except (AssertionError, RuntimeError, TypeError, ValueError) as error:
                 self._done[key] = None, error
-        result, error = self._done[key]
-        if error is not None:
-            raise error
+        result, failure = self._done[key]
+        if failure is not None:
+            raise failure
         return result
 
     def run(self, cell: Cell):

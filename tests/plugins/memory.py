@@ -47,7 +47,7 @@ def allocations(call: Callable[[], Any]) -> list[int]:
         call()
     finally:
         found = _disable_profiler()
-    events = [e for e in found.events() if e.name() == "[memory]"]
+    events: list[Any] = [e for e in found.events() if e.name() == "[memory]"]
     return [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
 
 
