@@ -23,6 +23,7 @@ PLAIN = (  # key of extra_info, label, how to write it
     ("p99_ms", "p99 latency", markup.milliseconds),
     ("accept_rate", "drafts accepted", markup.percent),
     ("mean_accepted", "tokens per step", lambda v: f"{v:.2f}"),
+    ("repeated_8grams", "8-grams repeated in its answer", markup.percent),
     ("hit_rate", "cache hits", markup.percent),
     ("false_hit_rate", "false hits", markup.percent),
     ("limit_fraction", "of the limit", markup.percent),

@@ -322,16 +322,19 @@ def speculation(run: Run) -> str:
             markup.ratio(gain) + (f"<br><span class=ci>over {markup.text(without[0])}</span>"
                                   if without else ""),
             f"{gain.value / accepted:.2f}" if gain and accepted else NOTHING,
+            markup.percent(r.number("repeated_8grams")),
             markup.ratio(r.speedup),
         ])  # fmt: skip
     lead = (
         "Drafted tokens accepted by the target, and what is left of it in time: speed-up over the "
-        "same stack without drafts, divided by the mean number of tokens accepted per step."
+        "same stack without drafts, divided by the mean number of tokens accepted per step. "
+        "Text that repeats itself flatters look-up, so the share of 8-grams that stood in the "
+        "same answer before is beside it."
     )
     head = ["stack", "accepted", "tokens per step", "gain of the drafts",
-            "gain / tokens per step", "speed-up over baseline"]  # fmt: skip
+            "gain / tokens per step", "repeated", "speed-up over baseline"]  # fmt: skip
     return (
-        section("speculation", "Speculation", lead, table(head, rows, (1, 2, 3, 4, 5)))
+        section("speculation", "Speculation", lead, table(head, rows, (1, 2, 3, 4, 5, 6)))
         if rows
         else ""
     )

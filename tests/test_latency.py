@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from impl.models import inputs
+from impl.models.data import repeated_ngrams
 from tests import workloads
 from tests.plugins.trace import pipeline_breakdown
 
@@ -28,6 +29,7 @@ def test_generation(study, bench):
         return {
             "bytes_moved": work.bytes_moved,
             "flops": work.flops,
+            "repeated_8grams": repeated_ngrams(study.answer),
             **study.counters(),
         }
 

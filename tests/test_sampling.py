@@ -210,6 +210,7 @@ def test_a_new_technique_may_take_more_than_its_share():
     assert budget.may_overspend("a", 50)
     budget.done("a", 1.0, pairs=6)
     assert not budget.may_overspend("b", 50)
+    assert budget.may_overspend("b", 30)  # less than an equal part of the whole
 
 
 def test_costs_of_earlier_runs_are_remembered(tmp_path):

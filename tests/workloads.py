@@ -59,7 +59,7 @@ def trace_of(cell: Cell, spec: ModelSpec, size: Size, seed: int = 0) -> list[Req
     text = text_ids(spec) if spec.source == "checkpoint" else None
     return request_trace(
         size.requests, seed=seed, mean_prompt=max(1, size.prompt_tokens // 2),
-        mean_output=max(1, size.new_tokens // 3), text=text,
+        mean_output=max(1, size.new_tokens // 4), text=text,
     )  # fmt: skip
 
 

@@ -87,7 +87,18 @@ def is_cell(item: pytest.Item) -> bool:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Plan the cells; with ``--resume`` skip those an interrupted run has measured."""
+    """Plan the cells; with ``--resume`` skip those an interrupted run has measured.
+
+    ``--benchmark-only`` leaves out what does not measure, where pytest-benchmark would skip each.
+    """
+    if config.option.benchmark_only:
+        timed, others = [], []
+        for item in items:
+            measures = "benchmark" in getattr(item, "fixturenames", ())
+            (timed if measures else others).append(item)
+        if timed and others:
+            config.hook.pytest_deselected(items=others)
+            items[:] = timed
     cells = [item for item in items if is_cell(item)]
     if not cells or config.option.collectonly:
         return

@@ -91,12 +91,17 @@ class Budget:
         return max(0.0, SHARE * left / (len(others) + 1))
 
     def may_overspend(self, fullname: str, needs: float) -> bool:
-        """Whether six pairs may take ``needs`` seconds though the share is smaller."""
+        """Whether six pairs may take ``needs`` seconds though the share is smaller.
+
+        For a technique that has no six pairs yet; or no more than an equal part of the whole
+        budget: the first cells of a model pay for what the later ones share.
+        """
         plan = self.plans.get(fullname)
         if plan is None or plan.by_name:
             return True
         fits = needs <= self.left() + LEEWAY * self.seconds / 2
-        return fits and not set(plan.techniques) <= self.sampled
+        new = not set(plan.techniques) <= self.sampled
+        return fits and (new or needs <= self.seconds / max(1, len(self.models)))
 
     def done(self, fullname: str, sampling_s: float, pairs: int = 0) -> None:
         """A cell has ended; ``sampling_s`` of its seconds went into samples."""

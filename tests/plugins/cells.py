@@ -100,7 +100,8 @@ def pytest_generate_tests(metafunc):
     kinds = metafunc.definition.get_closest_marker("kinds")
     selection = metafunc.config.selection
     specs = selection.specs
-    few = selection.profile == "core" and metafunc.definition.get_closest_marker("sparse")
+    few = selection.profile in ("core", "headline") and not selection.asked
+    few = few and metafunc.definition.get_closest_marker("sparse")
     taken = selection.sparse() if few else metafunc.config.study_cells
     cells = [
         cell
@@ -132,12 +133,15 @@ def pytest_collection_modifyitems(config, items):
     place = {cell: i for i, cell in enumerate(config.study_cells.values())}
     models = {name: i for i, name in enumerate(config.selection.specs)}
 
-    def order(item):
+    both = {cell.model for cell in place if cell.precision == "fp32"}
+
+    def order(item):  # every model once before low precision: time may run out
         if item.get_closest_marker("kernels"):
             return (2,)
         if (cell := cell_of(item)) is None:
             return (0,)
-        return 1, models[cell.model], cell.precision != "fp32", cell.batch, place[cell]
+        low = cell.precision != "fp32" and cell.model in both
+        return 1, low, models[cell.model], cell.batch, place[cell]
 
     items.sort(key=order)
 

@@ -73,6 +73,7 @@ class Study:
         self.spec = self.pool.specs[cell.model]
         self.size = checks.size(cell)
         self.opponents = opponents(cell, self.spec, device, checks.selection)
+        self.answer: torch.Tensor | None = None  # the tokens checked last
 
     @property
     def engine(self) -> Engine:
@@ -114,6 +115,7 @@ class Study:
         """Raises unless generated ``output`` is right for the prompt ``ids``."""
         with torch.inference_mode():
             self.checks.agree(self.cell, ids, self.size.new_tokens, output)
+        self.answer = output[:, ids.shape[1] :]
 
     def agree_responses(self, output, trace) -> None:
         """Raises unless every request has the answer it asked for."""
