@@ -12,4 +12,5 @@ pytest_plugins = [
     "tests.plugins.ncu",
     "tests.plugins.bench",
     "tests.plugins.summary",
+    "tests.plugins.constructed",
 ]

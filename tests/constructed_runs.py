@@ -8,6 +8,9 @@ import json
 import math
 from pathlib import Path
 
+from reports.__main__ import main as reports_main
+
+STACK = "int8_weight_only+torch_compile"
 CONSTRUCTED = "Constructed CPU (no machine)"
 COST = {  # time relative to eager, peak memory relative to eager, added perplexity in percent
     "eager": (1.0, 1.0, 0.0),
@@ -278,3 +281,22 @@ def kernel_run():
     benchmarks.append(kernel_record("int8_linear", "cpu", "8x4096x4096", bound="compute",
                                     intensity=30.0, peer=None))  # fmt: skip
     return {**constructed_run(), "benchmarks": benchmarks}
+
+
+def record_of(run, stack, **where):
+    """The record of a stack; ``where`` narrows its cell."""
+    found = [r for r in run.records if r.cell.stack == stack]
+    return next(r for r in found if all(getattr(r.cell, k) == v for k, v in where.items()))
+
+
+def three(constructed, run_of, factors=(1.0, 1.02, 1.01), stack=STACK):
+    """Three processes' runs, one stack slower by these factors."""
+    return [
+        run_of({**slowed(constructed, stack, f), "datetime": f"2000-01-0{i}T00:00:00"})
+        for i, f in enumerate(factors, 1)
+    ]
+
+
+def main(words) -> int:
+    """``python -m reports WORDS``: its exit status."""
+    return reports_main([str(word) for word in words])

@@ -7,12 +7,13 @@ samples, through its public timer and ``pedantic``.
 import contextlib
 import gc
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from impl.core import TECHNIQUES
 from tests.plugins import budget as budgets
 from tests.plugins import journal as journals
 from tests.plugins import machine, trace
@@ -23,6 +24,7 @@ from tests.plugins.study import STUDY, Study
 
 PRECISION = {"cuda": 0.01, "cpu": 0.03}
 FAST_BELOW = 120  # s of budget: then the ceilings are probed quickly
+COMPILING_S = 12.0  # before earlier runs tell: what a stack that compiles takes longer to build
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -80,6 +82,12 @@ def study_of(config: pytest.Config) -> Study:
     return config.stash[STUDY]
 
 
+def needs_compiler(techniques: Iterable[str]) -> bool:
+    """Whether building the stack compiles something."""
+    known = [TECHNIQUES[name] for name in techniques if name in TECHNIQUES]
+    return any("compiler" in t.requires for t in known)
+
+
 def is_cell(item: pytest.Item) -> bool:
     """Whether a test measures."""
     return "bench" in getattr(item, "fixturenames", ())
@@ -119,7 +127,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         budgets.Plan(item.nodeid, cell["model"], tuple(cell["techniques"]),
                      by_name=bool(config.getoption("techniques", ""))
                      or any(item.nodeid == arg or arg.endswith(f"/{item.nodeid}")
-                            for arg in named))
+                            for arg in named),
+                     extra_s=COMPILING_S * needs_compiler(cell["techniques"]))
         for item in cells
         if (cell := study.cells[item.nodeid]) and not item.get_closest_marker("skip")
     )  # fmt: skip

@@ -26,6 +26,7 @@ class Plan:
     model: str
     techniques: tuple[str, ...]
     by_name: bool = False  # asked for by name: it always runs
+    extra_s: float = 0.0  # building it takes longer than its neighbours by about this much
 
 
 @dataclass
@@ -67,7 +68,9 @@ class Budget:
             return self.known[fullname]
         model = self.models.get(fullname)
         same = [s for name, s in self.fixed.items() if self.models.get(name) == model]
-        return statistics.median(same or list(self.fixed.values()) or [0.0])
+        plan = self.plans.get(fullname)
+        extra = plan.extra_s if plan else 0.0
+        return statistics.median(same or list(self.fixed.values()) or [0.0]) + extra
 
     def begin(self, fullname: str) -> str | None:
         """Start a cell; a sentence when there is no time to (it then must not be built)."""
