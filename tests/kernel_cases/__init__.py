@@ -28,6 +28,7 @@ class Case:
     row_numbers     integers of which each row has its own; sliced with it, never scaled
     row_stable      a row's result has the same bits whatever stands in the other rows
     short_argument  the tensor argument that a bounds test shortens
+    cuda_columns    the longest row that impl='cuda' takes; longer ones are refused
     mma             the opcode that matrix kernels must have, per architecture
     mma_kernels     a pattern of the names of those kernels
     """
@@ -44,6 +45,7 @@ class Case:
     mma: dict[str, str] = field(default_factory=dict)
     mma_kernels: str = "gemm"
     uses: str = "__syncthreads"
+    cuda_columns: int | None = None
     shim_shapes: tuple = ((1, 64), (3, 301))
 
     def reference(self, *args):

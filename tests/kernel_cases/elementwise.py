@@ -33,7 +33,7 @@ def _rope(shape, dtype):
 
 
 CASES = [
-    Case("softmax", _softmax, [*ROWS, (2, 20000)], large=(300, 1111)),
+    Case("softmax", _softmax, [*ROWS, (2, 20000)], large=(300, 1111), cuda_columns=12288),
     Case("swiglu", _swiglu, ROWS, large=(300, 1111), row_args=(0, 1), uses=""),
     Case("gelu_bias", _gelu_bias, ROWS, large=(300, 1111), uses=""),
     Case("rope", _rope, HEADS, large=(7, 60, 4, 64), uses="",

@@ -24,7 +24,7 @@ def _layer_norm(shape, dtype):
 
 
 CASES = [
-    Case("rms_norm", _rms_norm, ROWS, large=(300, 1111)),
+    Case("rms_norm", _rms_norm, ROWS, large=(300, 1111), cuda_columns=12288),
     Case(
         "add_rms_norm",
         _add_rms_norm,
