@@ -192,7 +192,7 @@ def in_profile(name: str, techniques: tuple[Technique, ...], model: str, precisi
         return True
     baseline, peer = names <= {"eager", "lean_decoder"}, techniques[-1].is_peer
     if model == "llama_1b":  # seconds a step: what a lean step is worth beyond the cache
-        return baseline and precision == "bf16" and batch == 1
+        return names == {"lean_decoder"} and precision == "bf16" and batch == 1
     if model != "lm_small":  # one batch through an encoder or a classifier
         weights_compiled = names == {"int8_weight_only", "torch_compile"}
         own_batch = 1 if SPECS[model].kind == "encoder" else 8

@@ -27,7 +27,7 @@ class Size:
 def size_of(cell: Cell, spec: ModelSpec, profile: Profile) -> Size:
     """The profile's sizes; a model of a billion parameters takes one short generation."""
     if spec.random_weights:
-        return Size(min(profile.prompt_tokens, 16), min(profile.new_tokens, 4), 0)
+        return Size(min(profile.prompt_tokens, 16), 2 if profile.requests < 128 else 4, 0)
     return Size(profile.prompt_tokens, profile.new_tokens, profile.requests)
 
 

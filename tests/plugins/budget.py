@@ -40,7 +40,7 @@ class Budget:
     plans: dict[str, Plan] = field(default_factory=dict)  # cells still to come, in order
     fixed: dict[str, float] = field(default_factory=dict)  # seconds not spent on samples
     models: dict[str, str] = field(default_factory=dict)
-    sampled: set[str] = field(default_factory=set)  # techniques with a cell of six pairs
+    sampled: set[str] = field(default_factory=set)  # techniques and models with six pairs
 
     _start: float | None = None
     _cell_start: float = 0.0
@@ -96,14 +96,14 @@ class Budget:
     def may_overspend(self, fullname: str, needs: float) -> bool:
         """Whether six pairs may take ``needs`` seconds though the share is smaller.
 
-        For a technique that has no six pairs yet; or no more than an equal part of the whole
-        budget: the first cells of a model pay for what the later ones share.
+        For a technique or a model that has no six pairs yet; or no more than an equal part of the
+        whole budget: the first cells of a model pay for what the later ones share.
         """
         plan = self.plans.get(fullname)
         if plan is None or plan.by_name:
             return True
         fits = needs <= self.left() + LEEWAY * self.seconds / 2
-        new = not set(plan.techniques) <= self.sampled
+        new = not {plan.model, *plan.techniques} <= self.sampled
         return fits and (new or needs <= self.seconds / max(1, len(self.models)))
 
     def done(self, fullname: str, sampling_s: float, pairs: int = 0) -> None:
@@ -114,7 +114,7 @@ class Budget:
             if pairs:
                 self.fixed[fullname] = max(0.0, spent - sampling_s)
             if pairs >= 6:
-                self.sampled.update(plan.techniques)
+                self.sampled.update((plan.model, *plan.techniques))
 
     def seconds_to_go(self) -> float:
         """A guess for the progress line: never more than the budget."""
