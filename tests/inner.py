@@ -1,4 +1,4 @@
-"""Runs a pytest of its own on a file of tests/data/inner, in a fork of a warm process."""
+"""A pytest inside a test: of this project afresh, or of a file of tests/data/inner in a fork."""
 
 import contextlib
 import multiprocessing
@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +16,18 @@ ROOT = Path(__file__).resolve().parents[1]
 INNER = ROOT / "tests" / "data" / "inner"
 OPTIONS = ("-q", "-p", "no:cacheprovider", "--benchmark-json=out.json", "--bench-precision=0.3")
 LIMIT_S = 240
+
+
+def fresh_pytest(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """``pytest ARGUMENTS`` of this project in a process that knows nothing of the one around it.
+
+    A child that inherits xdist's variables takes itself for a worker, which measures nothing.
+    """
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, env=kept | environment, capture_output=True, text=True, check=False
+    )
 
 
 def _warm():

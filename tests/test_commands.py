@@ -9,6 +9,7 @@ import pytest
 
 from reports.__main__ import COMMANDS
 from reports.load import Interval, ReportError, load_run, newest_runs
+from reports.measure import BUDGET
 from tests.constructed_runs import STACK, changed, main, save, slowed
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,7 +35,7 @@ def fake_pytest(constructed, monkeypatch, tmp_path):
 
 def test_bench_keeps_the_run_and_prints_the_page_last(fake_pytest, tmp_path, capsys):
     assert main(["bench", "--", "-k", "quant"]) == 0
-    assert fake_pytest == [["-k", "quant"]]
+    assert fake_pytest == [[BUDGET, "-k", "quant"]]
     lines = capsys.readouterr().out.splitlines()
     assert Path(lines[-1]).is_file()
     kept = list((tmp_path / "reports" / "results").rglob("*.json"))

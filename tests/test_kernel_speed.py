@@ -1,17 +1,15 @@
 """Are kernels timed as they should be?  Selection, inputs, rivals and checks of kernel_speed."""
 
 import dataclasses
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from kernels.op import OPS
 from tests import kernel_speed, matrix
+from tests.inner import fresh_pytest
 from tests.kernel_cases import SPEEDS, Rival
 from tests.kernel_speed import Disagrees, KernelCell
-from tests.kernel_tools import ROOT
 from tests.plugins.kernels import asked_for, undescribed
 
 SMALL = KernelCell("rms_norm", "reference", "fp32", (40, 64))
@@ -108,10 +106,8 @@ def test_an_operation_without_a_description_says_so():
 
 def test_kernels_come_after_the_stacks():
     """How they keep memory must not move a stack's time."""
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "--benchmark-only",
-               "tests/test_kernels.py", "tests/test_latency.py", "-p", "no:cacheprovider",
-               "--profile", "smoke"]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = fresh_pytest("--collect-only", "--benchmark-only", "--profile", "smoke",
+                        "tests/test_kernels.py", "tests/test_latency.py")  # fmt: skip
     nodes = [line for line in done.stdout.splitlines() if "::" in line]
     kinds = ["test_speed[" in node for node in nodes]
     assert any(kinds)

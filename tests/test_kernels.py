@@ -27,6 +27,7 @@ import torch
 from kernels import build
 from kernels.op import OPS, KernelError, unavailable
 from tests import kernel_cases, kernel_speed, kernel_tools
+from tests.inner import fresh_pytest
 from tests.kernel_cases import CASES, DTYPES, excess, outputs
 from tests.kernel_tools import ROOT
 
@@ -289,12 +290,11 @@ def test_triton_is_right_under_its_interpreter():
     pytest.importorskip("triton", reason="needs the package triton")
     if build.interpreting():
         pytest.skip("this is that child")
-    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     chosen = "triton and not bf16 and not compiles and not interpreter"
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p",
-                           "no:xdist", "-W", "ignore::RuntimeWarning", "-k", chosen,
-                           "tests/test_kernels.py"],
-                          env=env, cwd=ROOT, capture_output=True, text=True)  # fmt: skip
+    done = fresh_pytest(
+        *("-p", "no:xdist", "-W", "ignore::RuntimeWarning", "-k", chosen, "tests/test_kernels.py"),
+        TRITON_INTERPRET="1", OMP_NUM_THREADS="1",
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]
     passed = int(re.search(r"(\d+) passed", done.stdout)[1])
     assert passed >= 10 * sum("triton" in OPS[c].functions for c in CASES)

@@ -1,8 +1,6 @@
 """Is a user's own data read as meant, and refused before any work is lost?"""
 
 import dataclasses
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -13,6 +11,7 @@ from impl.models import load, spec_of
 from impl.models.images import labelled_images
 from impl.models.inputs import check_own_data, images
 from impl.models.quality import quality_of
+from tests.inner import fresh_pytest
 
 CLASSES = ["cat", "dog", "owl"]
 
@@ -95,9 +94,7 @@ def test_text_is_not_for_classifiers(classifier, tmp_path):
 
 
 def test_bad_data_ends_the_run_before_any_cell(classifier, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "--benchmark-only", "-q", "-p", "no:cacheprovider",
-         "--model", classifier, "--data", str(tmp_path / "nowhere"), "tests/test_latency.py"],
-        capture_output=True, text=True)  # fmt: skip
+    done = fresh_pytest("--benchmark-only", "--model", classifier,
+                        "--data", str(tmp_path / "nowhere"), "tests/test_latency.py")  # fmt: skip
     assert done.returncode == 4
     assert f"there is no folder {tmp_path}/nowhere; give --data DIR" in done.stderr

@@ -2,8 +2,6 @@
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +9,7 @@ import yaml
 
 from ncu.__main__ import arguments as ncu_arguments
 from reports.__main__ import COMMANDS, arguments
+from tests.inner import fresh_pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
@@ -49,8 +48,8 @@ def calls(tool):
 
 @pytest.fixture(scope="module")
 def pytest_options():
-    done = subprocess.run([sys.executable, "-m", "pytest", "--help"], cwd=ROOT, check=True,
-                          capture_output=True, text=True)  # fmt: skip
+    done = fresh_pytest("--help")
+    assert done.returncode == 0, done.stderr
     return set(re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", done.stdout))
 
 
