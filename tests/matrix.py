@@ -204,9 +204,9 @@ def in_profile(name: str, techniques: tuple[Technique, ...], model: str, precisi
         return batch == 1 and not (compiles and names & {"prompt_lookup", "draft_model"})
     # low precision: other arithmetic, other code, and what exists only there
     (last, *more) = reversed(techniques)
-    own = last.replaces & ({"activations", "compiler"} if batch == 1 else {"activations"})
-    own = own or last.name in ("decode_step", "int8_weight_only") or "fp32" not in last.precisions
-    return not more and not peer and bool(baseline or own)
+    elsewhere = {"activations", "compiler"} if batch == 1 else {"activations"}
+    own = last.replaces & elsewhere or last.name in ("decode_step", "int8_weight_only")
+    return not more and not peer and bool(baseline or own or "fp32" not in last.precisions)
 
 
 @dataclass

@@ -113,6 +113,7 @@ def test_kernels_come_after_the_stacks():
     assert any(kinds)
     assert not all(kinds)
     assert kinds == sorted(kinds)
+    assert not done.stderr, "at exit libraries report what they believe has leaked"
 
 
 # ---- what a cell measures --------------------------------------------------------------------

@@ -13,6 +13,7 @@ from impl.core import PHASES, TECHNIQUES, Engine, StudyError, build, members, st
 from impl.fidelity import ORDER, bitwise, budget, close, loosest, same_tokens
 from impl.models import SPECS
 from tests import matrix
+from tests.inner import fresh_pytest
 from tests.matrix import BATCHES, PRECISIONS, PROFILES, STACKS, Cell, Selection
 from tests.plugins.sides import opponents
 
@@ -193,6 +194,20 @@ def test_the_impossible_cells_are_those_pinned():
     pinned = (ROOT / "tests/data/impossible.txt").read_text().splitlines()
     now = [f"{name}: {why}" for name, why in FULL.impossible().items()]
     assert now == pinned, "run `python -m tests.matrix > tests/data/impossible.txt` and review"
+
+
+def test_impossible_lists_and_ends():
+    """Also where nothing else is left of the selection; no cell runs."""
+    none = ("--techniques", "prompt_lookup", "--models", "digits_resnet")
+    done = fresh_pytest("--impossible", *none)
+    assert done.returncode == 0
+    assert (
+        done.stdout
+        == "prompt_lookup-digits_resnet: prompt_lookup needs generate, lean; digits_resnet has none\n"
+    )
+    done = fresh_pytest(*none)
+    assert done.returncode == 4
+    assert "every combination is impossible (the same command with --impossible" in done.stderr
 
 
 def test_missing_hardware_is_a_sentence(register):

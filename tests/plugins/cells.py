@@ -61,15 +61,21 @@ def pytest_configure(config):
         config.study_cells = config.selection.cells()
     except (StudyError, OSError) as error:
         raise pytest.UsageError(str(error)) from None
-    if not config.study_cells:
-        raise (
-            pytest.UsageError(
-                "the selection holds no cell: every combination is impossible "
-                "(the same command with --impossible --collect-only says why)"
-            )
-            if not option.impossible
-            else None
-        )
+    if not config.study_cells and not option.impossible:
+        raise pytest.UsageError("the selection holds no cell: every combination is impossible "
+                                "(the same command with --impossible says why)")  # fmt: skip
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """``--impossible`` lists and ends, as ``--markers`` does."""
+    if not config.option.impossible or config.option.help:
+        return None
+    config._do_configure()
+    for name, why in config.selection.impossible().items():
+        print(f"{name}: {why}")
+    config._ensure_unconfigure()
+    return pytest.ExitCode.OK
 
 
 def pytest_report_header(config):
@@ -150,10 +156,3 @@ def pytest_collection_modifyitems(config, items):
 def cell(request) -> matrix.Cell:
     """The cell of this test."""
     return request.config.study_cells[request.param]
-
-
-def pytest_terminal_summary(terminalreporter, config):
-    if config.option.impossible:
-        terminalreporter.section("impossible cells")
-        for name, why in config.selection.impossible().items():
-            terminalreporter.write_line(f"{name}: {why}")
