@@ -201,10 +201,8 @@ def test_impossible_lists_and_ends():
     none = ("--techniques", "prompt_lookup", "--models", "digits_resnet")
     done = fresh_pytest("--impossible", *none)
     assert done.returncode == 0
-    assert (
-        done.stdout
-        == "prompt_lookup-digits_resnet: prompt_lookup needs generate, lean; digits_resnet has none\n"
-    )
+    why = "prompt_lookup needs generate, lean; digits_resnet has none"
+    assert done.stdout == f"prompt_lookup-digits_resnet: {why}\n"
     done = fresh_pytest(*none)
     assert done.returncode == 4
     assert "every combination is impossible (the same command with --impossible" in done.stderr
