@@ -11,6 +11,7 @@ import ctypes
 import functools
 import hashlib
 import importlib
+import importlib.util
 import json
 import os
 import pickle
@@ -169,19 +170,64 @@ def nvcc() -> Path | None:
     return Path(found) if found else None
 
 
-def compile_cuda(name: str, arch: str) -> tuple[str, dict[str, dict[str, int]]]:
-    """(compiler's version, kernel -> registers, stack, spills, shared memory) by nvcc."""
+def compile_cuda(name: str, arch: str) -> tuple[str, dict[str, dict[str, int]], dict[str, list]]:
+    """(compiler's version, kernel -> registers, stack, spills, shared memory, kernel -> opcodes).
+
+    The opcodes are those of tensor cores, read from machine code; where nothing disassembles it
+    (the wheels of nvcc have no cuobjdump, Triton has one), from PTX, under the same names.
+    """
     version = subprocess.run([nvcc(), "--version"], capture_output=True, text=True, check=True)
     number = arch.removeprefix("sm_")
+    tool = disassembler()
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(
-            [nvcc(), "-O3", "-std=c++17", "-cubin", f"-gencode=arch=compute_{number},code={arch}",
-             "-Xptxas=-v,--warn-on-spills", "-Werror", "all-warnings", f"-I{build.COMMON}", "-o",
-             f"{folder}/k.cubin", build.HERE / name / "cuda.cu"],
-            capture_output=True, text=True)  # fmt: skip
-    assert done.returncode == 0, f"nvcc {arch}: {done.stderr[-3000:]}"
+
+        def compiled(kind: str, *options: str) -> tuple[Path, str]:
+            done = subprocess.run(
+                [nvcc(), "-O3", "-std=c++17", f"-{kind}", *options, "-Werror", "all-warnings",
+                 f"-I{build.COMMON}", "-o", f"{folder}/k.{kind}", build.HERE / name / "cuda.cu"],
+                capture_output=True, text=True)  # fmt: skip
+            assert done.returncode == 0, f"nvcc {arch}: {done.stderr[-3000:]}"
+            return Path(folder, f"k.{kind}"), done.stderr
+
+        cubin, log = compiled("cubin", f"-gencode=arch=compute_{number},code={arch}",
+                              "-Xptxas=-v,--warn-on-spills")  # fmt: skip
+        if tool is not None:
+            opcodes = opcodes_of(disassembled(cubin, tool), "Function : ", MMA)
+        else:
+            code = compiled("ptx", f"-arch=compute_{number}")[0].read_text()
+            opcodes = opcodes_of(code, ".entry ", PTX_MMA)
     label = "nvcc " + re.search(r"V([\d.]+)", version.stdout)[1]
-    return label, ptxas_usage(done.stderr)
+    return label, ptxas_usage(log), opcodes
+
+
+MMA = re.compile(r"\b(HGMMA|HMMA|IMMA|QGMMA|IGMMA)\b")  # in machine code
+PTX_MMA = re.compile(r"\bmma\.sync\.aligned\.\w+\.row\.col\.(f32|s32)\b")
+IN_PTX = {"f32": "HMMA", "s32": "IMMA"}
+
+
+def disassembler() -> Path | None:
+    """``cuobjdump`` beside nvcc, on the path, or of Triton; the wheels of nvcc have none."""
+    beside = nvcc().parent / "cuobjdump" if nvcc() else None
+    if beside and beside.exists():
+        return beside
+    if found := shutil.which("cuobjdump"):
+        return Path(found)
+    spec = importlib.util.find_spec("triton")
+    bundled = Path(spec.origin).parent / "backends/nvidia/bin/cuobjdump" if spec else None
+    return bundled if bundled and bundled.exists() else None
+
+
+def disassembled(cubin: Path, tool: Path) -> str:
+    """Machine code as text; cuobjdump calls nvdisasm, which stands beside it."""
+    env = os.environ | {"PATH": f"{tool.parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+    return subprocess.run([tool, "-sass", cubin], env=env, capture_output=True, text=True,
+                          check=True).stdout  # fmt: skip
+
+
+def opcodes_of(code: str, mark: str, pattern: re.Pattern) -> dict[str, list[str]]:
+    """Kernel -> its tensor core opcodes; ``mark`` stands before each kernel's name."""
+    return {re.match(r"\w+", part)[0]: sorted({IN_PTX.get(c, c) for c in pattern.findall(part)})
+            for part in code.split(mark)[1:]}  # fmt: skip
 
 
 def ptxas_usage(log: str) -> dict[str, dict[str, int]]:
@@ -241,12 +287,12 @@ def compile_triton(name: str, arch: str) -> dict:
                                attrs=aligned)  # fmt: skip
             built = triton.compile(
                 source, target=GPUTarget("cuda", int(re.sub(r"\D", "", arch)), 32),
-                options={"num_warps": variant["warps"], "num_stages": 3})  # fmt: skip
+                options={"num_warps": variant["warps"], "num_stages": 3,
+                         **variant.get("options", {})})  # fmt: skip
             key = f"{label}-{dtype}"
             usage[key] = _triton_usage(built)
             usage[key]["shared"] = built.metadata.shared
-            opcodes[key] = sorted(set(re.findall(r"\b(HGMMA|HMMA|IMMA|QGMMA|IGMMA)\b",
-                                                 built.asm["sass"])))  # fmt: skip
+            opcodes[key] = sorted(set(MMA.findall(built.asm["sass"])))
     return {"version": "triton " + triton.__version__, "usage": usage, "opcodes": opcodes}
 
 

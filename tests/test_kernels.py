@@ -308,9 +308,23 @@ WITH_CUDA = [name for name, case in CASES.items() if (build.HERE / name / "cuda.
 def test_cuda_compiles_within_its_limits(op, arch):
     if kernel_tools.nvcc() is None:
         pytest.skip("needs nvcc (extra [gpu], or a CUDA toolkit)")
-    compiler, usage = kernel_tools.compile_cuda(op, arch)
-    assert sorted(usage) == sorted(kernel_tools.entry_points(op))
+    compiler, usage, opcodes = kernel_tools.compile_cuda(op, arch)
+    assert sorted(usage) == sorted(opcodes) == sorted(kernel_tools.entry_points(op))
     kernel_tools.check_limits(compiler, op, arch, usage)
+    wanted = CASES[op].cuda_mma
+    matrix = [k for k in opcodes if wanted and re.search(CASES[op].cuda_mma_kernels, k)]
+    assert bool(matrix) == bool(wanted)
+    for kernel in matrix:
+        assert wanted in opcodes[kernel], f"{kernel} uses no {wanted} on {arch}: {opcodes[kernel]}"
+
+
+def test_opcodes_are_found_in_ptx_where_nothing_disassembles(monkeypatch):
+    if kernel_tools.nvcc() is None:
+        pytest.skip("needs nvcc (extra [gpu], or a CUDA toolkit)")
+    monkeypatch.setattr(kernel_tools, "disassembler", lambda: None)
+    _, _, opcodes = kernel_tools.compile_cuda("w8a8_linear", "sm_80")
+    assert opcodes["w8a8_linear_gemm_bf16"] == opcodes["w8a8_linear_few_f32"] == ["IMMA"]
+    assert opcodes["w8a8_linear_quantize_bf16"] == []
 
 
 @pytest.mark.parametrize("op", WITH_CUDA)

@@ -1,4 +1,5 @@
-// Tensor cores through mma.sync (sm_80 and newer) and what feeds them.  Only under __CUDA_ARCH__.
+// Tensor cores through mma.sync (sm_80 and newer) and what feeds them; on the host shim the same in
+// C++, except for ldmatrix.
 #pragma once
 #include "cuda_common.cuh"
 
@@ -41,6 +42,53 @@ __device__ inline void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, u
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+// The same in int8 with sums in int32: a (16, 32), b (32, 8).
+__device__ inline void mma(int (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+#elif defined(SIMT_HOST)
+inline void copy_async(void* to, const void* from, bool inside) {
+    inside ? std::memcpy(to, from, 16) : std::memset(to, 0, 16);
+}
+inline void commit_copies() {}
+template <int LEFT> inline void wait_copies() {}
+
+// c += a b; dot(x, y) multiplies the numbers of two registers pair by pair and adds them up.
+// Lane l gives a's rows l / 4 (a[0], a[2]) and l / 4 + 8, b's column l / 4; of both the (l % 4)-th
+// register of the first half of their inputs, and of the second.
+template <class C, class F>
+inline void product(C (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, F dot) {
+    const int lane = threadIdx.x % 32, row = lane / 4 * 4, column = lane % 4 * 8;
+    simt::together(std::array<unsigned, 6>{a[0], a[1], a[2], a[3], b0, b1}, [&](auto of) {
+        for (int i = 0; i < 4; ++i)
+            for (int k = 0; k < 4; ++k) {
+                const auto left = of(row + k), right = of(column + i % 2 * 4 + k);
+                c[i] += dot(left[i / 2], right[4]) + dot(left[i / 2 + 2], right[5]);
+            }
+    });
+}
+template <class T>
+inline void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, T) {
+    product(c, a, b0, b1, [](unsigned x, unsigned y) {
+        T u[2], v[2];
+        std::memcpy(u, &x, 4);
+        std::memcpy(v, &y, 4);
+        return float(u[0]) * float(v[0]) + float(u[1]) * float(v[1]);
+    });
+}
+inline void mma(int (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    product(c, a, b0, b1, [](unsigned x, unsigned y) {
+        int sum = 0;
+        for (int i = 0; i < 32; i += 8) sum += (signed char)(x >> i) * (signed char)(y >> i);
+        return sum;
+    });
+}
+#endif
+
+#ifdef __CUDA_ARCH__
 __device__ inline unsigned pack(float low, float high, bf16) {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
     return *reinterpret_cast<const unsigned*>(&pair);

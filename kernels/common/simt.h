@@ -1,11 +1,13 @@
 // Runs an unchanged CUDA kernel on the CPU: a thread of the operating system per CUDA thread, so
 // that ThreadSanitizer sees a missing barrier and AddressSanitizer an index out of range.
 // Include this, then the .cu file, then SIMT_ENTRY(kernel).
-// Blocks run one after another, the last first.  Not modelled: PTX, tensor cores, asynchronous
-// copies, clusters, partial shuffle masks, races between blocks.  Shuffles order memory here, on a
-// GPU they do not.
+// Blocks run one after another, the last first.  Not modelled: PTX, clusters, partial shuffle masks,
+// races between blocks; an asynchronous copy happens at once, and mma.cuh says in C++ what its
+// instructions do.  Shuffles order memory here, on a GPU they do not.
 #pragma once
+#define SIMT_HOST
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cmath>
 #include <condition_variable>
@@ -65,7 +67,7 @@ struct Block {
     int size;
     Barrier all;
     std::deque<Barrier> warps;
-    std::vector<uint64_t> shown;        // by each lane to its warp
+    std::vector<std::array<uint64_t, 4>> shown;  // by each lane to its warp
     std::unique_ptr<uint64_t[]> bytes;  // dynamic shared memory: starts as NaN, bounds are exact
     Block(int n, size_t shared)
         : size(n), all(n), shown(n), bytes(new uint64_t[shared / 8 + (shared % 8 != 0)]) {
@@ -77,17 +79,27 @@ inline thread_local Block* block;
 inline thread_local int rank;
 inline thread_local dim3 thread_index, block_index, block_size, grid_size;
 
-// Every lane shows `value` and sees that of `lane` (its own when there is no such lane).
-template <class T> T exchange(unsigned mask, T value, int lane) {
-    static_assert(sizeof value <= 8);
-    if (mask != 0xffffffffu) fail("partial shuffle masks are not modelled");
+// Every lane shows `value`; then use(of), where of(lane) is what that lane of the warp shows.
+template <class T, class F> void together(const T& value, F use) {
+    static_assert(sizeof value <= sizeof block->shown[0]);
     Barrier& warp = block->warps[rank / 32];
-    const int source = rank / 32 * 32 + lane;
     std::memcpy(&block->shown[rank], &value, sizeof value);
     warp.wait();
-    if (0 <= lane && lane < 32 && source < block->size)
-        std::memcpy(&value, &block->shown[source], sizeof value);
+    use([](int lane) {
+        T other;
+        std::memcpy(&other, &block->shown[rank / 32 * 32 + lane], sizeof other);
+        return other;
+    });
     warp.wait();
+}
+
+// Every lane shows `value` and sees that of `lane` (its own when there is no such lane).
+template <class T> T exchange(unsigned mask, T value, int lane) {
+    if (mask != 0xffffffffu) fail("partial shuffle masks are not modelled");
+    const bool there = 0 <= lane && lane < 32 && rank / 32 * 32 + lane < block->size;
+    together(value, [&](auto of) {
+        if (there) value = of(lane);
+    });
     return value;
 }
 

@@ -5,6 +5,8 @@ Source: Yao et al. 2022 (ZeroQuant, token-wise activations), https://arxiv.org/a
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 
 from kernels import build
@@ -39,9 +41,33 @@ def into_cpu(y, x, weight, scale, bias=None) -> None:
              torch.get_num_threads())  # fmt: skip
 
 
+STEP = 64  # inputs that a step of impl='cuda' takes: its rows of int8 are filled up to whole ones
+FEW = 64  # rows up to which impl='cuda' reads the weights once per 16 rows, outputs 8 at a time
+
+
+def into_cuda(y, x, weight, scale, bias=None) -> None:
+    """Write y (..., N), contiguous: quantize x, then multiply on tensor cores."""
+    (rows, stride), (n, k) = rows_of(x, "x of w8a8_linear"), weight.shape
+    padded = -(-k // STEP) * STEP
+    q = torch.empty(rows, padded, dtype=torch.int8, device=x.device)
+    scale_x = torch.empty(rows, dtype=torch.float32, device=x.device)
+    suffix, device = SUFFIX[x.dtype], x.device.index or 0
+    first = build.cuda_kernel(NAME, f"{NAME}_quantize_{suffix}", device)
+    build.launch(first, rows, 256, x, q, scale_x, ctypes.c_int64(stride), ctypes.c_int(k),
+                 ctypes.c_int(padded))  # fmt: skip
+    few = rows <= FEW
+    kernel = build.cuda_kernel(NAME, f"{NAME}_{'few' if few else 'gemm'}_{suffix}", device)
+    grid = (-(-n // 8), -(-rows // 16)) if few else (-(-n // 128), -(-rows // 128))
+    packs = k % 16 == 0 and weight.data_ptr() % 16 == 0  # rows of weights start at 16 bytes
+    build.launch(kernel, grid, 128 if few else 256, q, scale_x, weight, scale,
+                 ctypes.c_void_p(0) if bias is None else bias, y, ctypes.c_int(rows),
+                 ctypes.c_int(n), ctypes.c_int(k), ctypes.c_int(padded),
+                 ctypes.c_int(packs))  # fmt: skip
+
+
 _OP = Op(NAME, "(Tensor x, Tensor weight, Tensor scale, Tensor? bias=None) -> Tensor", check=_check,
          fake=_fake, reference=reference.w8a8_linear, cpu=allocating(into_cpu, _fake),
-         triton=False, flops=linear_flops)  # fmt: skip
+         cuda=allocating(into_cuda, _fake), flops=linear_flops)  # fmt: skip
 
 
 def w8a8_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor,
@@ -52,7 +78,6 @@ def w8a8_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor,
     x       (..., K) fp32, bf16 or fp16; the last dimension dense, rows evenly spaced
     weight  (N, K) int8, contiguous; ``int8_linear.quantize`` makes it and scale (N,) fp32
     bias    (N,) fp32 or None
-    impl    ``reference`` or ``cpu``
     Returns (..., N) in x's dtype; a row that holds a NaN or infinity gives NaN.
     Helps from a few rows on, where arithmetic counts: four products an instruction and lane.
     Costs accuracy where a few channels of x are much larger than the others.

@@ -29,8 +29,11 @@ class Case:
     row_stable      a row's result has the same bits whatever stands in the other rows
     short_argument  the tensor argument that a bounds test shortens
     cuda_columns    the longest row that impl='cuda' takes; longer ones are refused
-    mma             the opcode that matrix kernels must have, per architecture
+    mma             the opcode that Triton's matrix kernels must have, per architecture
     mma_kernels     a pattern of the names of those kernels
+    cuda_mma        the opcode that cuda.cu's matrix kernels must have (they use mma.sync)
+    cuda_mma_kernels  a pattern of the names of those kernels
+    shim_elements   the host shim gets the shapes whose sizes multiply to no more
     """
 
     op: str
@@ -44,6 +47,9 @@ class Case:
     short_argument: int = 1
     mma: dict[str, str] = field(default_factory=dict)
     mma_kernels: str = "gemm"
+    cuda_mma: str | None = None
+    cuda_mma_kernels: str = "few|gemm"
+    shim_elements: int = 20000
     uses: str = "__syncthreads"
     cuda_columns: int | None = None
     shim_shapes: tuple = ((1, 64), (3, 301))
@@ -63,7 +69,7 @@ class Case:
         total = 1
         for n in shape:
             total *= n
-        return total <= 20000
+        return total <= self.shim_elements
 
 
 def outputs(out) -> tuple[torch.Tensor, ...]:

@@ -64,6 +64,8 @@ CASES = [
         shim_shapes=((1, 2, 1, 5, 37, 16, CAUSAL), (1, 1, 1, 3, 4, 70, FULL)),
         mma={"sm_80": "HMMA", "sm_90a": "HGMMA"},
         mma_kernels="-(bf16|fp16)$",
+        cuda_mma="HMMA",
+        cuda_mma_kernels="_(bf16|f16)$",
     ),
     Case(
         "decode_attention",

@@ -36,7 +36,16 @@ CASES = [
         mma={"sm_80": "HMMA", "sm_90a": "HGMMA"},
         uses="",
     ),
-    Case("w8a8_linear", _int8_linear, LINEAR, large=(6, 700, 130)),
+    Case(
+        "w8a8_linear",
+        _int8_linear,
+        LINEAR,
+        large=(6, 700, 130),
+        shim_shapes=((3, 9, 70), (66, 3, 80)),  # by groups of 16 rows, by tiles of 128
+        shim_elements=160_000,
+        mma={"sm_80": "IMMA", "sm_90a": "IGMMA"},
+        cuda_mma="IMMA",
+    ),
     Case(
         "lm_head_argmax",
         _lm_head_argmax,

@@ -1,0 +1,70 @@
+"""Quantized linear layers for GPUs, on the host shim: which kernel runs, and what they share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels.op import OPS
+from tests import kernel_tools
+from tests.kernel_cases import CASES, DTYPES, excess
+
+
+@pytest.fixture
+def on_host(monkeypatch):
+    """``run(op, *args)`` -> (its output by impl='cuda' on the CPU, names of the kernels)."""
+    if reason := kernel_tools.lacks_shim():
+        pytest.skip(reason)
+
+    def run(op, *args):
+        launches: list = []
+        with kernel_tools.host_shim(monkeypatch, launches):
+            y = OPS[op].functions["cuda"](*args)
+        return y, [launch[0].removeprefix(op + "_").rpartition("_")[0] for launch in launches]
+
+    return run
+
+
+@pytest.mark.parametrize(("op", "rows", "kernels"), [
+    ("w8a8_linear", 1, ["quantize", "few"]),
+    ("w8a8_linear", 64, ["quantize", "few"]),
+    ("w8a8_linear", 65, ["quantize", "gemm"]),
+])  # fmt: skip
+def test_prompts_and_steps_take_their_own_kernel(op, rows, kernels, on_host):
+    args = CASES[op].make((rows, 3, 64), torch.bfloat16)
+    y, ran = on_host(op, *args)
+    assert ran == kernels
+    assert excess(CASES[op], y, args) <= 1
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_w8a8_rows_have_the_same_bits_in_a_step_and_a_prompt(dtype, on_host):
+    """Sums are whole: neither the order nor the tile shows."""
+    x, *weights = CASES["w8a8_linear"].make((70, 5, 150), DTYPES[dtype])
+    whole, ran = on_host("w8a8_linear", x, *weights)
+    assert ran[1] == "gemm"
+    some, ran = on_host("w8a8_linear", x[50:].clone(), *weights)
+    assert ran[1] == "few"
+    assert torch.equal(whole[50:], some)
+
+
+@pytest.mark.parametrize("rows", [3, 66])
+@pytest.mark.parametrize("op", ["w8a8_linear"])
+def test_nan_and_infinity_stay_in_their_row(op, rows, on_host):
+    x, *weights = CASES[op].make((rows, 5, 64), torch.float32)
+    clean, _ = on_host(op, x, *weights)
+    x[1, 7], x[2, 9] = float("inf"), float("nan")
+    got, _ = on_host(op, x, *weights)
+    assert got[1:3].isnan().all()
+    rest = [i for i in range(rows) if i not in (1, 2)]
+    assert torch.equal(got[rest], clean[rest])
+
+
+@pytest.mark.parametrize("rows", [2, 66])
+def test_weights_that_start_between_16_bytes_give_the_same(rows, on_host):
+    x, weight, scale, bias = CASES["w8a8_linear"].make((rows, 5, 64), torch.float32)
+    shifted = torch.empty(weight.numel() + 1, dtype=torch.int8)[1:].view_as(weight).copy_(weight)
+    assert shifted.data_ptr() % 16
+    expected, _ = on_host("w8a8_linear", x, weight, scale, bias)
+    got, _ = on_host("w8a8_linear", x, shifted, scale, bias)
+    assert torch.equal(got, expected)
