@@ -2,107 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import time
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 
-from impl.core import Engine, Technique, build, members, stack
+from impl.core import Engine, members, stack
 from impl.fidelity import NEAR_TIE, ROUNDING_DB, loosest, loss_of, sqnr_db
-from impl.machine import memory_bytes
 from tests import matrix, workloads
 from tests.matrix import Cell
+from tests.plugins.pool import Pool
 from tests.workloads import Size
 
 # A model whose quality metrics are within budget may still differ by noise; not by as much as this.
 NOISE_FLOOR_DB = 6.0  # half the amplitude
-KEEP_SHARE = 1 / 16  # of the memory: engines kept for later cells
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass
-class Built:
-    """An engine, and what it cost to make it."""
-
-    engine: Engine
-    load_s: float
-
-
-class Pool:
-    """Builds engines on demand and keeps those that the current cell needs."""
-
-    def __init__(self, specs, device: str):
-        self.specs, self.device = specs, device
-        self._built: dict[tuple, Built] = {}
-
-    def get(self, techniques: tuple[Technique, ...], cell: Cell,
-            precision: str | None = None) -> Built:  # fmt: skip
-        """The engine of this stack on the cell's workload (at ``precision`` if given)."""
-        precision = precision or cell.precision
-        names = tuple(t.name for t in techniques)
-        plain = names in (("eager",), ("lean_decoder",))  # nothing prepared for a batch
-        batch = 0 if plain else cell.batch
-        key = names, cell.model, precision, batch
-        if key not in self._built:
-            self._built[key] = self._build(techniques, cell, precision)
-        return self._built[key]
-
-    def _build(self, techniques, cell: Cell, precision: str) -> Built:
-        from impl.models import load
-
-        start = time.perf_counter()
-        spec = self.specs[cell.model]
-        _, model = load(spec, DTYPES[precision], self.device)
-        engine = Engine(spec, model, DTYPES[precision], torch.device(self.device), cell.batch)
-        with torch.inference_mode():
-            try:
-                engine = build(engine, techniques)
-            except BaseException:
-                engine.undo.close()
-                raise
-        return Built(engine, time.perf_counter() - start)
-
-    def focus(self, cell: Cell) -> None:
-        """Let go of other models' engines, and of this one's when they take too much memory.
-
-        An engine that a later cell is measured against need not be built, or compiled, again.
-        """
-        needed = {t.name for t in cell.techniques} | {"eager", "lean_decoder"}
-        for key in [key for key in self._built if key[1] != cell.model]:
-            self.close(key)
-        spare = [key for key in self._built if not set(key[0]) <= needed]
-        while spare and self.resident_bytes() > KEEP_SHARE * memory_bytes(self.device):
-            self.close(spare.pop(0))
-
-    def resident_bytes(self) -> int:
-        """Bytes of weights of all engines in the pool, shared ones counted each time."""
-        from impl.models.costs import weight_bytes
-
-        return sum(weight_bytes(built.engine.model) for built in self._built.values())
-
-    def close(self, key: tuple) -> None:
-        """Undo what the techniques changed globally, and give the memory back."""
-        self._built.pop(key).engine.undo.close()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        else:
-            _malloc_trim()
-
-    def close_all(self) -> None:
-        for key in list(self._built):
-            self.close(key)
-
-
-def _malloc_trim() -> None:
-    import ctypes
-
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 @dataclass
