@@ -68,6 +68,13 @@ def int4_checks(name: str) -> Callable:
     return check
 
 
+def expect_aligned(name: str, **tensors: torch.Tensor) -> None:
+    """Refuse tensors that CUDA kernels read 16 bytes at a time and that start between two such."""
+    for what, t in tensors.items():
+        expect(t.data_ptr() % 16 == 0, f"impl='cuda' of {name} needs {what} to start at a multiple "
+               f"of 16 bytes; call .clone() on it, or take impl='triton'")  # fmt: skip
+
+
 def group_of(packed: torch.Tensor, scale: torch.Tensor) -> int:
     """The inputs that share a scale, of ``int4_linear.quantize``'s tensors; 32 without inputs."""
     return packed.shape[1] * 8 // scale.shape[1] if scale.shape[1] else 32

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.op import OPS
+from kernels.op import OPS, KernelError
 from tests import kernel_tools
 from tests.kernel_cases import CASES, DTYPES, excess
 
@@ -29,6 +29,9 @@ def on_host(monkeypatch):
     ("w8a8_linear", 1, ["quantize", "few"]),
     ("w8a8_linear", 64, ["quantize", "few"]),
     ("w8a8_linear", 65, ["quantize", "gemm"]),
+    ("int4_a8_linear", 1, ["quantize", "few"]),
+    ("int4_a8_linear", 64, ["quantize", "few"]),
+    ("int4_a8_linear", 65, ["quantize", "gemm"]),
 ])  # fmt: skip
 def test_prompts_and_steps_take_their_own_kernel(op, rows, kernels, on_host):
     args = CASES[op].make((rows, 3, 64), torch.bfloat16)
@@ -49,7 +52,7 @@ def test_w8a8_rows_have_the_same_bits_in_a_step_and_a_prompt(dtype, on_host):
 
 
 @pytest.mark.parametrize("rows", [3, 66])
-@pytest.mark.parametrize("op", ["w8a8_linear"])
+@pytest.mark.parametrize("op", ["w8a8_linear", "int4_a8_linear"])
 def test_nan_and_infinity_stay_in_their_row(op, rows, on_host):
     x, *weights = CASES[op].make((rows, 5, 64), torch.float32)
     clean, _ = on_host(op, x, *weights)
@@ -58,6 +61,23 @@ def test_nan_and_infinity_stay_in_their_row(op, rows, on_host):
     assert got[1:3].isnan().all()
     rest = [i for i in range(rows) if i not in (1, 2)]
     assert torch.equal(got[rest], clean[rest])
+
+
+@pytest.mark.parametrize("shape", [(3, 40, 384), (3, 40, 416), (66, 150, 384), (66, 150, 160)])
+@pytest.mark.parametrize("op", ["int4_a8_linear"])
+def test_groups_and_stretches_of_inputs_meet_their_weights(op, shape, on_host):
+    """Groups of 128 and 32, several blocks of outputs, several and partial stretches of inputs."""
+    args = CASES[op].make(shape, torch.float32)
+    y, _ = on_host(op, *args)
+    assert excess(CASES[op], y, args) <= 1
+
+
+@pytest.mark.parametrize("op", ["int4_a8_linear"])
+def test_int4_weights_that_start_between_16_bytes_are_one_sentence(op, on_host):
+    x, packed, *rest = CASES[op].make((3, 5, 64), torch.float32)
+    shifted = torch.empty(packed.numel() + 1, dtype=torch.int32)[1:].view_as(packed).copy_(packed)
+    with pytest.raises(KernelError, match="needs packed to start at a multiple of 16 bytes"):
+        on_host(op, x, shifted, *rest)
 
 
 @pytest.mark.parametrize("rows", [2, 66])

@@ -27,7 +27,16 @@ CASES = [
         shim_shapes=((3, 19, 96),),
         mma={"sm_80": "HMMA", "sm_90a": "HGMMA"},
     ),
-    Case("int4_a8_linear", _int4_linear, LINEAR, large=(6, 700, 128)),
+    Case(
+        "int4_a8_linear",
+        _int4_linear,
+        LINEAR,
+        large=(6, 700, 128),
+        shim_shapes=((3, 19, 96), (66, 3, 128)),  # by groups of 16 rows, by tiles of 64
+        shim_elements=160_000,
+        mma={"sm_80": "IMMA", "sm_90a": "IGMMA"},
+        cuda_mma="IMMA",
+    ),
 ]
 
 # rows, outputs, inputs, group of a Llama of 8 billion: decoding one to 64 sequences, a prompt
