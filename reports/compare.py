@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from reports.load import Interval, Record, ReportError, Run
+from reports.load import Interval, Record, ReportError, Run, quality_change
 from reports.schema import over_budget
 
 Verdict = Literal["same", "faster", "slower", "ambiguous"]
@@ -193,13 +193,12 @@ def texts_differ(old: Record, new: Record) -> bool:
 
 
 def quality_text(metric: dict[str, Any]) -> str:
-    """'perplexity 12.4 (delta +0.02 ± 0.01, budget +0.04)'"""
+    """'perplexity 12.4 (+0.020 ± 0.010, budget +0.04)'"""
     value = metric.get("value")
     text = f"{metric.get('metric')} " + ("not a number" if value is None else f"{value:.4g}")
-    if metric.get("delta") is not None:
-        text += f" (delta {metric['delta']:+.3g}"
-        text += f" ± {metric['stderr']:.2g}" if metric.get("stderr") is not None else ""
-        text += f", budget {metric['budget']:+.3g})" if metric.get("budget") is not None else ")"
+    if change := quality_change(metric):
+        budget = metric.get("budget")
+        text += f" ({change}" + (f", budget {budget:+.3g})" if budget is not None else ")")
     return text
 
 

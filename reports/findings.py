@@ -9,7 +9,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from reports import study
-from reports.load import Interval, NotRun, Record, ReportError, Run, write_text
+from reports.load import (
+    Interval,
+    NotRun,
+    Record,
+    ReportError,
+    Run,
+    quality_change,
+    write_text,
+)
 
 FOLDER = Path("reports/findings")
 README = Path("README.md")
@@ -167,10 +175,8 @@ def quality(record: Record) -> str:
     metric = study.metric_of(record)
     if metric is None:
         return "not measured"
-    delta, error = metric.get("delta"), metric.get("stderr")
-    change = f" ({delta:+.3g}" if delta is not None else ""
-    change += f" ± {error:.1g})" if change and error is not None else ")" if change else ""
-    return f"{metric['metric']} {metric['value']:.4g}{change}"
+    change = quality_change(metric)
+    return f"{metric['metric']} {metric['value']:.4g}" + (f" ({change})" if change else "")
 
 
 def verdict_counts(records: Sequence[Record]) -> str:

@@ -20,6 +20,7 @@ from reports.schema import schema
 
 PLACES = (Path(".benchmarks"), Path("reports/results"))
 SCRATCH = Path(".benchmarks/running")  # runs in progress: no one's newest run
+ROUNDING = 1e-6  # of a value: arithmetic in another order moves a metric of fp32 by less
 AXES = ("techniques", "model", "precision", "batch", "device", "workload")
 HOW_TO_MAKE_ONE = "make one with `pytest --benchmark-only --benchmark-json=run.json`"
 
@@ -134,6 +135,19 @@ class Record:
         """A number of `extra_info`, None where it does not apply."""
         value = self.info.get(key)
         return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def quality_change(metric: dict[str, Any]) -> str:
+    """'+0.009 ± 0.008': against the baseline, to the digits its error leaves; '' if unknown."""
+    value, delta, error = (metric.get(key) for key in ("value", "delta", "stderr"))
+    if delta is None:
+        return ""
+    if value is not None and abs(delta) <= ROUNDING * abs(value):
+        return "unchanged"
+    if not error:
+        return f"{delta:+.3g}"
+    digits = max(0, 1 - math.floor(math.log10(error)))
+    return f"{delta:+.{digits}f} ± {error:.{digits}f}"
 
 
 @dataclass(frozen=True)

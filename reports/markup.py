@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
-from reports.load import Interval, Record
+from reports.load import Interval, Record, quality_change
 from reports.study import is_peer
 
 NOTHING = '<span class="none">–</span>'
@@ -75,12 +75,10 @@ def quality(metric: dict[str, Any] | None) -> str:
     """'perplexity 12.4 +0.015 ± 0.004'"""
     if metric is None:
         return NOTHING
-    value, delta, error = (metric.get(key) for key in ("value", "delta", "stderr"))
+    value = metric.get("value")
     shown = NOTHING if value is None else f"{value:.4g}"
-    if delta is not None:
-        spread = f" ± {error:.2g}" if error is not None else ""
-        change = f"{delta:+.2g}".replace("-", "−") if delta else "0"
-        shown += f' <span class="ci">{change}{spread}</span>'
+    if change := quality_change(metric).replace("-", "−"):
+        shown += f' <span class="ci">{change}</span>'
     return f"{text(metric['metric'])} {shown}"
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from reports import schema
-from reports.load import ReportError, newest_runs
+from reports.load import ReportError, newest_runs, quality_change
 from tests.constructed_runs import changed, constructed_run, main, save
 
 
@@ -115,3 +115,20 @@ def test_an_output_folder_that_is_a_file_is_refused(small, tmp_path, capsys):
     source = save(tmp_path / "run.json", small)
     assert main(["build", source, "--out", source]) == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("delta", "error", "text"),
+    [
+        (0.0089, 0.008, "+0.0089 ± 0.0080"),
+        (0.0001, 0.02, "+0.000 ± 0.020"),
+        (-25.0, 3.0, "-25.0 ± 3.0"),
+        (-9.62e-07, 6e-07, "unchanged"),
+        (0.0, 0.0, "unchanged"),
+        (0.5, None, "+0.5"),
+        (None, None, ""),
+    ],
+)
+def test_a_change_has_the_digits_of_its_error(delta, error, text):
+    metric = {"metric": "perplexity", "value": 17.7, "delta": delta, "stderr": error}
+    assert quality_change(metric) == text
