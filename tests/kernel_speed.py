@@ -275,7 +275,7 @@ def check_of(cell: KernelCell) -> Callable[[Any, Input], None]:
         if rows > CHECKED_ROWS and case.row_stable:
             some = torch.randperm(rows, generator=draw)[:CHECKED_ROWS].to(got[0].device)
             got = tuple(y[some] for y in got)
-            for i in case.row_args:
+            for i in (*case.row_args, *case.row_numbers):
                 args[i] = args[i][some]
         over = excess(case, got, args)
         assert over <= 1, f"{cell.id}: the error is {over:.3g} times its budget"

@@ -34,6 +34,9 @@ class Case:
     cuda_mma        the opcode that cuda.cu's matrix kernels must have (they use mma.sync)
     cuda_mma_kernels  a pattern of the names of those kernels
     shim_elements   the host shim gets the shapes whose sizes multiply to no more
+    archs           the architectures that its GPU kernels are compiled for
+    judge           ``judge(*outputs, args)``: the share of the budget, where outputs are choices that
+                    rounding may turn: to which, it knows
     """
 
     op: str
@@ -53,6 +56,8 @@ class Case:
     uses: str = "__syncthreads"
     cuda_columns: int | None = None
     shim_shapes: tuple = ((1, 64), (3, 301))
+    archs: tuple[str, ...] = ("sm_80", "sm_90a")
+    judge: Callable | None = None
 
     def reference(self, *args):
         """The operation in the precision of its inputs."""
@@ -83,6 +88,8 @@ def excess(case: Case, got, args) -> float:
     Budget: twice the error of the reference in this precision on this very input, plus two
     roundings of the largest output; so it grows with the input and the sums as rounding does.
     """
+    if case.judge is not None:
+        return case.judge(*outputs(got), args)
     exact, rounded = case.exact(*args), case.reference(*args)
     worst = 0.0
     for y, good, low in zip(outputs(got), outputs(exact), outputs(rounded), strict=True):
