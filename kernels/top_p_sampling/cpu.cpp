@@ -31,7 +31,7 @@ struct Cut {
 
 // Tokens among which the cut lies, in the vocabulary's order; `above` is the mass of those before.
 struct Candidates {
-    std::unique_ptr<float[]> x, e;
+    float *x, *e;
     int64_t n = 0;
     double above = 0;
 
@@ -44,8 +44,8 @@ struct Candidates {
             const __mmask16 in = _mm512_cmp_ps_mask((__m512)vx, _mm512_set1_ps(low), _CMP_GE_OQ) &
                                  _mm512_cmp_ps_mask((__m512)vx, _mm512_set1_ps(high), _CMP_LE_OQ);
             if (!in) return;
-            store(x.get() + n, (f32v)_mm512_maskz_compress_ps(in, (__m512)vx));
-            store(e.get() + n, (f32v)_mm512_maskz_compress_ps(in, (__m512)ve));
+            store(x + n, (f32v)_mm512_maskz_compress_ps(in, (__m512)vx));
+            store(e + n, (f32v)_mm512_maskz_compress_ps(in, (__m512)ve));
             n += __builtin_popcount(in);
 #else
             for (int u = 0; u < LANES; ++u) {
@@ -105,8 +105,8 @@ static Cut cut_at(const T* x, const float* e, int64_t n, double target, float lo
     some.above = narrow(x, e, n, 0, target, &low, &high);
     some.keep(x, e, n, low, high);
     while (some.n > FEW && low < high) {
-        some.above = narrow(some.x.get(), some.e.get(), some.n, some.above, target, &low, &high);
-        some.keep(some.x.get(), some.e.get(), some.n, low, high);
+        some.above = narrow(some.x, some.e, some.n, some.above, target, &low, &high);
+        some.keep(some.x, some.e, some.n, low, high);
     }
     std::vector<int64_t> order(some.n);
     for (int64_t i = 0; i < some.n; ++i) order[i] = i;
@@ -128,19 +128,19 @@ class Row {
     const int64_t vocab;
     const float inverse;  // 1 / temperature
     const double top_p;
-    const int threads;
     float top;  // the largest logit
-    std::unique_ptr<float[]> e;  // weights
+    std::unique_ptr<float[]> kept;
+    float* const e;              // weights
     std::vector<double> mass;    // of each chunk
     std::vector<int64_t> equal;  // its tokens with the logit of the cut
     Candidates some;
 
 public:
-    Row(int64_t vocab, float inverse, double top_p, int threads)
-        : vocab(vocab), inverse(inverse), top_p(top_p), threads(threads), e(new float[vocab + LANES]),
-          mass((vocab + CHUNK - 1) / CHUNK), equal(mass.size()) {
-        some.x.reset(new float[vocab + LANES]);
-        some.e.reset(new float[vocab + LANES]);
+    Row(int64_t vocab, float inverse, double top_p)
+        : vocab(vocab), inverse(inverse), top_p(top_p), kept(new float[3 * (vocab + LANES)]),
+          e(kept.get()), mass((vocab + CHUNK - 1) / CHUNK), equal(mass.size()) {
+        some.x = e + vocab + LANES;
+        some.e = some.x + vocab + LANES;
     }
 
     template <class T> int64_t draw(const T* x, float uniform) {
@@ -153,18 +153,17 @@ public:
             const double floor = top + std::log((1 - top_p) * total / double(vocab)) / inverse;
             const double margin = 1e-5 * (std::fabs(floor) + std::fabs(top));
             const float low = float(std::max(floor - margin, -double(FLT_MAX)));
-            cut = cut_at(x, e.get(), vocab, target, std::min(low, top), top, some);
+            cut = cut_at(x, e, vocab, target, std::min(low, top), top, some);
             total = cut_masses(x, cut);
         }
         return find(x, cut, double(uniform) * total);
     }
 
 private:
-    // body(chunk, begin, end) for every chunk of the vocabulary, shared by `threads`.
+    // body(chunk, begin, end) for every chunk of the vocabulary.
     template <class F> void each_chunk(F body) {
-        each_row(int64_t(mass.size()), CHUNK, threads, [&](int64_t c) {
+        for (int64_t c = 0; c * CHUNK < vocab; ++c)
             body(c, c * CHUNK, std::min((c + 1) * CHUNK, vocab));
-        });
     }
 
     // Whether the row has a distribution: a finite largest logit, and no NaN.
@@ -199,14 +198,14 @@ private:
             int64_t i = begin;
             for (; i + LANES <= end; i += LANES) {
                 const f32v p = decay((load(x + i) - top) * inverse);
-                store(e.get() + i, p);
+                store(e + i, p);
                 sum += p;
             }
             if (i < end) {  // as a vector too: equal logits weigh the same
                 float rest[LANES];
                 for (int u = 0; u < LANES; ++u) rest[u] = i + u < end ? to_float(x[i + u]) : -INFINITY;
                 const f32v p = decay((load(rest) - top) * inverse);
-                store(e.get() + i, p);
+                store(e + i, p);
                 sum += p;
             }
             mass[c] = lanes_sum(sum);
@@ -221,7 +220,7 @@ private:
         each_chunk([&](int64_t c, int64_t begin, int64_t end) {
             f32v sum = {};
             i32v count = {};
-            each_vector(x, e.get(), begin, end, [&](int64_t, f32v vx, f32v ve) INLINED {
+            each_vector(x, e, begin, end, [&](int64_t, f32v vx, f32v ve) INLINED {
                 sum += (f32v)((i32v)(vx > splat(cut.logit)) & (i32v)ve);
                 count -= (i32v)(vx == splat(cut.logit));
             });
@@ -265,18 +264,19 @@ private:
     }
 };
 
-// Rows are shared by the threads; of fewer rows than threads each is read by all of them.
+// Rows are shared by the threads.  One row is not: a dozen short readings wait longer for a second
+// thread than it saves (128256 tokens: 106 us alone, 199 us by two).
 template <class T>
 static void top_p_sampling(const T* x, int64_t step, const float* uniform, int64_t* token,
                            int64_t rows, int64_t vocab, float inverse, double top_p, int threads) {
-    if (rows < threads || threads <= 1 || rows * vocab < SERIAL_ELEMENTS) {
-        Row row(vocab, inverse, top_p, threads);
+    if (rows == 1 || threads <= 1 || rows * vocab < SERIAL_ELEMENTS) {
+        Row row(vocab, inverse, top_p);
         for (int64_t r = 0; r < rows; ++r) token[r] = row.draw(x + r * step, uniform[r]);
         return;
     }
 #pragma omp parallel num_threads(threads)
     {
-        Row row(vocab, inverse, top_p, 1);
+        Row row(vocab, inverse, top_p);
 #pragma omp for schedule(dynamic)
         for (int64_t r = 0; r < rows; ++r) token[r] = row.draw(x + r * step, uniform[r]);
     }

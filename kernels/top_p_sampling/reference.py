@@ -1,4 +1,4 @@
-"""A token of each row, drawn from the nucleus of softmax(logits / temperature) by a given uniform."""
+"""A token drawn from the nucleus of softmax(logits / temperature) by a given uniform."""
 
 import torch
 
@@ -20,7 +20,7 @@ def top_p_sampling(logits: torch.Tensor, uniform: torch.Tensor, temperature: flo
 
 def nucleus(x: torch.Tensor, highest: torch.Tensor, temperature: float,
             top_p: float) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """(weights exp((x - highest) / temperature), which tokens are in the nucleus), both (..., V)."""
+    """(weights exp((x - highest) / temperature), which are in the nucleus), both (..., V)."""
     if temperature == 0:
         temperature, top_p = 1.0, 0.0
     difference = torch.where(x == highest, 0.0, (x - highest) / temperature)

@@ -35,8 +35,8 @@ class Case:
     cuda_mma_kernels  a pattern of the names of those kernels
     shim_elements   the host shim gets the shapes whose sizes multiply to no more
     archs           the architectures that its GPU kernels are compiled for
-    judge           ``judge(*outputs, args)``: the share of the budget, where outputs are choices that
-                    rounding may turn: to which, it knows
+    judge           ``judge(*outputs, args)``: the share of the budget, where outputs are choices
+                    that rounding may turn: to which, it knows
     """
 
     op: str
