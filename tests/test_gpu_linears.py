@@ -32,6 +32,10 @@ def on_host(monkeypatch):
     ("int4_a8_linear", 1, ["quantize", "few"]),
     ("int4_a8_linear", 64, ["quantize", "few"]),
     ("int4_a8_linear", 65, ["quantize", "gemm"]),
+    ("int4_linear", 8, ["dot"]),
+    ("int4_linear", 9, ["few"]),
+    ("int4_linear", 64, ["few"]),
+    ("int4_linear", 65, ["gemm"]),
 ])  # fmt: skip
 def test_prompts_and_steps_take_their_own_kernel(op, rows, kernels, on_host):
     args = CASES[op].make((rows, 3, 64), torch.bfloat16)
@@ -63,8 +67,8 @@ def test_nan_and_infinity_stay_in_their_row(op, rows, on_host):
     assert torch.equal(got[rest], clean[rest])
 
 
-@pytest.mark.parametrize("shape", [(3, 40, 384), (3, 40, 416), (66, 150, 384), (66, 150, 160)])
-@pytest.mark.parametrize("op", ["int4_a8_linear"])
+@pytest.mark.parametrize("shape", [(12, 40, 384), (12, 40, 416), (66, 150, 384), (66, 150, 160)])
+@pytest.mark.parametrize("op", ["int4_linear", "int4_a8_linear"])
 def test_groups_and_stretches_of_inputs_meet_their_weights(op, shape, on_host):
     """Groups of 128 and 32, several blocks of outputs, several and partial stretches of inputs."""
     args = CASES[op].make(shape, torch.float32)
@@ -72,12 +76,47 @@ def test_groups_and_stretches_of_inputs_meet_their_weights(op, shape, on_host):
     assert excess(CASES[op], y, args) <= 1
 
 
-@pytest.mark.parametrize("op", ["int4_a8_linear"])
+@pytest.mark.parametrize("op", ["int4_linear", "int4_a8_linear"])
 def test_int4_weights_that_start_between_16_bytes_are_one_sentence(op, on_host):
     x, packed, *rest = CASES[op].make((3, 5, 64), torch.float32)
     shifted = torch.empty(packed.numel() + 1, dtype=torch.int32)[1:].view_as(packed).copy_(packed)
     with pytest.raises(KernelError, match="needs packed to start at a multiple of 16 bytes"):
         on_host(op, x, shifted, *rest)
+
+
+@pytest.mark.parametrize("rows", [12, 66])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_int4_linear_keeps_infinity_and_nan_in_their_row(dtype, rows, on_host):
+    """Three numbers in bf16 stand for one in fp32: those of an infinity are no NaN."""
+    x, *weights = CASES["int4_linear"].make((rows, 5, 64), DTYPES[dtype])
+    clean, _ = on_host("int4_linear", x, *weights)
+    x[1, 7], x[2, 9] = float("inf"), float("nan")
+    got, _ = on_host("int4_linear", x, *weights)
+    expected = CASES["int4_linear"].reference(x, *weights)
+    assert expected[1].isinf().any()
+    assert torch.equal(got[1].isinf(), expected[1].isinf())
+    assert torch.equal(got[:3].isnan(), expected[:3].isnan())
+    rest = [i for i in range(rows) if i not in (1, 2)]
+    assert torch.equal(got[rest], clean[rest])
+
+
+def test_rows_that_start_between_16_bytes_are_arranged_first(on_host):
+    x, *weights = CASES["int4_linear"].make((12, 5, 64), torch.bfloat16)
+    spread = torch.full((12, 67), torch.nan, dtype=x.dtype)[:, :64].copy_(x)
+    expected, _ = on_host("int4_linear", x, *weights)
+    got, ran = on_host("int4_linear", spread, *weights)
+    assert ran == ["arrange", "few"]
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("rows", [12, 66])
+def test_int4_linear_in_fp32_loses_nothing_on_tensor_cores(rows, on_host):
+    """Within a few roundings of fp32 sums; a bf16 activation would be 2^-9 off."""
+    x, packed, scale, n, _ = CASES["int4_linear"].make((rows, 40, 256), torch.float32)
+    y, ran = on_host("int4_linear", x, packed, scale, n)
+    assert ran[0] == "arrange"
+    exact = CASES["int4_linear"].exact(x, packed, scale, n)
+    assert (y - exact).norm() / exact.norm() < 2**-22
 
 
 @pytest.mark.parametrize("rows", [2, 66])

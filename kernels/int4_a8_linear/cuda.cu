@@ -4,7 +4,7 @@
 // A word of packed holds eight inputs of an output.  Its low nibbles are inputs 0, 4, 1, 5, its high
 // ones 2, 6, 3, 7: shifted to the top of their bytes they are 16 q in int8, what one lane gives to a
 // product of 32 inputs.  x is stored in that order, and no weight ever moves between lanes.
-#include "mma.cuh"
+#include "int4.cuh"
 
 constexpr int STRETCH = 128;        // inputs that are read at once
 constexpr int STEPS = STRETCH / 32;  // products of 32 inputs
@@ -46,27 +46,6 @@ __device__ void quantize(const T* x, signed char* q, float* scale_x, int64 step,
     if (lane == 0) scale_x[int64(g) * padded + blockIdx.x] = finite ? each : NAN;
 }
 
-// What a lane holds of 32 outputs and 32 inputs: inputs 8 (lane % 4) to + 7 of outputs 4 (lane / 4)
-// to + 3, which are column lane / 4 of four products.
-using Words = Pack<unsigned>;
-// Outputs `output` on, past the last ones those of some others, and the eight inputs from k on.
-__device__ inline const unsigned* words_of(const unsigned* packed, int output, int k, int K, int N) {
-    const int block = min(output / 16, (N - 1) / 16);
-    return packed + (int64(block) * (K / 8) + k / 8) * 16 + output % 16;
-}
-// Of the same outputs a lane holds the sums of columns 2 (lane % 4) and the next: eight outputs from
-// 8 (lane % 4) on.  These are their scales of group g.
-using Scales = Pack<bf16>;
-__device__ inline const bf16* scales_of(const bf16* scale, int output, int g, int groups, int N) {
-    const int block = min(output / 16, (N - 1) / 16);
-    return scale + (int64(block) * groups + g) * 16 + output % 16;
-}
-// The output of sum i of product n, the lane's, among its warp's 32.
-__device__ inline int output_of(int n, int i) {
-    const int lane = threadIdx.x % 32;
-    return lane % 4 * 8 + i % 2 * 4 + n;
-}
-
 // sum (16 rows, 32 outputs) += those of group g, where a lane holds words(s) and rows(s) of step s.
 template <int GROUP, class W, class R>
 __device__ inline void add_group(float (&sum)[4][4], W words, R rows, int g, const Scales& scale,
@@ -92,7 +71,7 @@ __device__ inline void add_group(float (&sum)[4][4], W words, R rows, int g, con
 #pragma unroll
         for (int i = 0; i < 4; ++i)
             sum[n][i] += (*reinterpret_cast<const float*>(&whole[n][i]) - STARTED) *
-                         (scale_x[i / 2] * float(scale.at[i % 2 * 4 + n]));
+                         (scale_x[i / 2] * float(scale.at[scale_at(n, i)]));
 }
 
 struct Rows {  // of x in int8
@@ -164,11 +143,9 @@ __device__ void few(Rows x, const unsigned* packed, const bf16* scale, const flo
 constexpr int TILE = 64, STAGES = 2;
 struct alignas(16) Stage {
     Half rows[STEPS][TILE][4];
-    Words words[8][STRETCH / 8][4];  // of 16 outputs, of eight inputs; see `place`
+    Words words[8][STRETCH / 8][4];  // of 16 outputs, of eight inputs; see place()
     Scales scales[STRETCH / 32][16];
     float scale_x[STRETCH / 32][TILE];
-    // Eight lanes side by side read four octets' words of eight outputs from other banks each.
-    __device__ static int place(int octet, int quad) { return quad ^ octet / 2 % 2 * 2; }
 };
 
 template <int GROUP>
@@ -187,7 +164,7 @@ __device__ void fill(Stage& stage, Rows x, const unsigned* packed, const bf16* s
     for (int i = threadIdx.x; i < 8 * (STRETCH / 8) * 4; i += 256) {
         const int quad = i % 4, octet = i / 4 % (STRETCH / 8), block = i / 4 / (STRETCH / 8);
         const bool inside = first + octet * 8 < K;
-        copy_async(&stage.words[block][octet][Stage::place(octet, quad)],
+        copy_async(&stage.words[block][octet][place(octet, quad)],
                    inside ? words_of(packed, outputs + block * 16 + quad * 4, first + octet * 8, K, N) : packed,
                    inside);
     }
@@ -227,7 +204,7 @@ __device__ void tile(float (&sum)[2][4][4], Stage* stages, Rows x, const unsigne
                     sum[m],
                     [&](int s) {
                         const int octet = s * 4 + lane % 4;
-                        return stage.words[side * 2 + lane / 16][octet][Stage::place(octet, lane / 4 % 4)];
+                        return stage.words[side * 2 + lane / 16][octet][place(octet, lane / 4 % 4)];
                     },
                     [&](int s, int half) { return stage.rows[s][row + 8 * half][lane % 4]; }, g, scales,
                     {stage.scale_x[g][row], stage.scale_x[g][row + 8]});

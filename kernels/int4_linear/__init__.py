@@ -12,7 +12,14 @@ import torch
 
 from kernels import build
 from kernels.build import INT, LONG, POINTER, SUFFIX
-from kernels.linears import allocating, empty_output, group_of, int4_checks, linear_flops
+from kernels.linears import (
+    allocating,
+    empty_output,
+    expect_aligned,
+    group_of,
+    int4_checks,
+    linear_flops,
+)
 from kernels.op import Op, rows_of
 
 from . import reference
@@ -37,14 +44,39 @@ def into_cpu(y, x, packed, scale, outputs, bias=None) -> None:
              group_of(packed, scale), torch.get_num_threads())  # fmt: skip
 
 
+DOT = 8  # rows up to which impl='cuda' takes CUDA cores: a row has the same bits in all of them
+FEW = 64  # and up to which tensor cores read the weights once per 16 rows, outputs 32 at a time
+
+
 def into_cuda(y, x, packed, scale, outputs, bias=None) -> None:
-    """Write y (..., N), contiguous: a block per 16 outputs, up to 4 rows of x at a time."""
-    rows, stride = rows_of(x, "x of int4_linear")
-    kernel = build.cuda_kernel(NAME, "int4_linear_" + SUFFIX[x.dtype], x.device.index or 0)
+    """Write y (..., N), contiguous: dot products for a step, tensor cores for more rows."""
+    expect_aligned(NAME, packed=packed, scale=scale)
+    (rows, stride), k = rows_of(x, "x of int4_linear"), x.shape[-1]
+    if rows > DOT and k:
+        x, stride = _arranged(x, rows, stride)
+    if rows <= DOT:
+        way, grid, block = "dot", (len(packed), -(-rows // 4)), 128
+    elif rows <= FEW:
+        way, grid, block = "few", (-(-outputs // 32), -(-rows // 16)), 256
+    else:
+        way, grid, block = "gemm", (-(-outputs // 128), -(-rows // 64)), 256
+    kernel = build.cuda_kernel(NAME, f"{NAME}_{way}_{SUFFIX[y.dtype]}", x.device.index or 0)
     pointer = ctypes.c_void_p(0) if bias is None else bias
-    build.launch(kernel, (len(packed), -(-rows // 4)), 128, x, packed, scale, pointer, y,
-                 ctypes.c_int64(stride), ctypes.c_int(rows), ctypes.c_int(outputs),
-                 ctypes.c_int(x.shape[-1]), ctypes.c_int(group_of(packed, scale)))  # fmt: skip
+    build.launch(kernel, grid, block, x, packed, scale, pointer, y, ctypes.c_int64(stride),
+                 ctypes.c_int(rows), ctypes.c_int(outputs), ctypes.c_int(k),
+                 ctypes.c_int(group_of(packed, scale)))  # fmt: skip
+
+
+def _arranged(x, rows: int, stride: int) -> tuple[torch.Tensor, int]:
+    """x in 16 bits and its stride, rows at multiples of 16 bytes; fp32 as three bf16 in a row."""
+    if x.dtype != torch.float32 and stride % 8 == 0 and x.data_ptr() % 16 == 0:
+        return x, stride
+    planes, dtype = (3, torch.bfloat16) if x.dtype == torch.float32 else (1, x.dtype)
+    a = torch.empty(rows, planes * x.shape[-1], dtype=dtype, device=x.device)
+    kernel = build.cuda_kernel(NAME, f"{NAME}_arrange_{SUFFIX[x.dtype]}", x.device.index or 0)
+    build.launch(kernel, rows, 256, x, a, ctypes.c_int64(stride),
+                 ctypes.c_int(x.shape[-1]))  # fmt: skip
+    return a, a.shape[1]
 
 
 _OP = Op(NAME, SCHEMA, check=int4_checks(NAME), fake=_fake, reference=reference.int4_linear,
@@ -71,6 +103,8 @@ def int4_linear(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, outp
     which torch's fastest reduction reads them, fp32 at 0.71, bound by its 23 vector instructions a
     cache line.  4096 x 4096, bf16: 2.6 times torch's bf16 linear at 8 rows, 1.8 at 16, 1.1 at 64,
     and 2.4 times ``torch._weight_int4pack_mm_for_cpu`` at each.
+    On a GPU up to 8 rows are dot products; from 9 on tensor cores take them, in bf16 or fp16, fp32
+    as three numbers in bf16.  Not measured there yet.
     A row of a batch has the same bits as alone, on a CPU.
     """
     return _OP(x, packed, scale, outputs, bias, impl=impl)

@@ -24,8 +24,10 @@ CASES = [
         _int4_linear,
         LINEAR,
         large=(6, 700, 128),
-        shim_shapes=((3, 19, 96),),
+        shim_shapes=((3, 19, 96), (17, 3, 64), (66, 3, 64)),  # dot products, by 16 and by 64 rows
+        shim_elements=160_000,
         mma={"sm_80": "HMMA", "sm_90a": "HGMMA"},
+        cuda_mma="HMMA",
     ),
     Case(
         "int4_a8_linear",
