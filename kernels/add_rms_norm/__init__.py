@@ -12,6 +12,8 @@ from kernels.op import Op, expect, rows_of
 
 from . import reference
 
+ONE_BLOCK = 12288  # columns that impl='cuda' keeps in shared memory; longer rows are read again
+
 
 def _check(x, residual, weight, eps):
     expect(x.dtype in SUFFIX, f"add_rms_norm takes float32, bfloat16 or float16, not {x.dtype}; "
@@ -47,17 +49,16 @@ def into_cpu(y, total, x, residual, weight, eps) -> None:
 
 
 def into_cuda(y, total, x, residual, weight, eps) -> None:
-    """Write (y, total), contiguous: a block per row, the row kept in shared memory."""
+    """Write (y, total), contiguous: a block per row, in shared memory if it fits."""
     (rows, x_stride), n = rows_of(x, "x of add_rms_norm"), x.shape[-1]
     _, residual_stride = rows_of(residual, "residual of add_rms_norm")
-    expect(n <= 12288, f"impl='cuda' keeps a row in shared memory: at most 12288 columns, not {n}; "
-           "take impl='triton'")  # fmt: skip
-    kernel = build.cuda_kernel("add_rms_norm", "add_rms_norm_" + SUFFIX[x.dtype],
+    way = "" if n <= ONE_BLOCK else "long_"
+    kernel = build.cuda_kernel("add_rms_norm", f"add_rms_norm_{way}{SUFFIX[x.dtype]}",
                                x.device.index or 0)  # fmt: skip
     block = min(1024, max(32, -(-n // 128) * 32))
     build.launch(kernel, rows, block, x, residual, weight, y, total, ctypes.c_int64(x_stride),
                  ctypes.c_int64(residual_stride), ctypes.c_int(n), ctypes.c_float(eps),
-                 shared=4 * n)  # fmt: skip
+                 shared=0 if way else 4 * n)  # fmt: skip
 
 
 def _allocating(into):

@@ -15,7 +15,7 @@ from kernels.op import Op, expect, rows_of
 
 from . import reference
 
-ONE_BLOCK = 12288  # columns that impl='cuda' keeps in shared memory
+ONE_BLOCK = 12288  # columns that impl='cuda' keeps in shared memory; longer rows are read again
 
 
 def _check(x, weight, bias, eps):
@@ -47,14 +47,15 @@ def into_cpu(y, x, weight, bias, eps) -> None:
 
 
 def into_cuda(y, x, weight, bias, eps) -> None:
-    """Write the norm of x into the contiguous y: a block per row, kept in shared memory."""
+    """Write the norm of x into the contiguous y: a block per row, in shared memory if it fits."""
     (rows, stride), n = rows_of(x, "x of layer_norm"), x.shape[-1]
-    expect(n <= ONE_BLOCK, f"impl='cuda' keeps a row in shared memory: at most {ONE_BLOCK} "
-           f"columns, not {n}; take impl='reference'")  # fmt: skip
-    kernel = build.cuda_kernel("layer_norm", "layer_norm_" + SUFFIX[x.dtype], x.device.index or 0)
+    way = "" if n <= ONE_BLOCK else "long_"
+    kernel = build.cuda_kernel(
+        "layer_norm", f"layer_norm_{way}{SUFFIX[x.dtype]}", x.device.index or 0
+    )
     block = min(1024, max(32, -(-n // 128) * 32))
     build.launch(kernel, rows, block, x, weight, bias, y, ctypes.c_int64(stride), ctypes.c_int(n),
-                 ctypes.c_float(eps), shared=4 * n)  # fmt: skip
+                 ctypes.c_float(eps), shared=0 if way else 4 * n)  # fmt: skip
 
 
 def _allocating(into):

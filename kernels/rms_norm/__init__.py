@@ -15,6 +15,8 @@ from kernels.op import Op, expect, rows_of
 
 from . import reference
 
+ONE_BLOCK = 12288  # columns that impl='cuda' keeps in shared memory; longer rows are read again
+
 
 def _check(x, weight, eps):
     expect(x.dtype in SUFFIX, f"rms_norm takes float32, bfloat16 or float16, not {x.dtype}; "
@@ -44,14 +46,13 @@ def into_cpu(y, x, weight, eps) -> None:
 
 
 def into_cuda(y, x, weight, eps) -> None:
-    """Write the norm of x into the contiguous y: a block per row, the row kept in shared memory."""
+    """Write the norm of x into the contiguous y: a block per row, in shared memory if it fits."""
     (rows, stride), n = rows_of(x, "x of rms_norm"), x.shape[-1]
-    expect(n <= 12288, f"impl='cuda' keeps a row in shared memory: at most 12288 columns, not {n}; "
-           "take impl='triton'")  # fmt: skip
-    kernel = build.cuda_kernel("rms_norm", "rms_norm_" + SUFFIX[x.dtype], x.device.index or 0)
+    way = "" if n <= ONE_BLOCK else "long_"
+    kernel = build.cuda_kernel("rms_norm", f"rms_norm_{way}{SUFFIX[x.dtype]}", x.device.index or 0)
     block = min(1024, max(32, -(-n // 128) * 32))
     build.launch(kernel, rows, block, x, weight, y, ctypes.c_int64(stride), ctypes.c_int(n),
-                 ctypes.c_float(eps), shared=4 * n)  # fmt: skip
+                 ctypes.c_float(eps), shared=0 if way else 4 * n)  # fmt: skip
 
 
 def _allocating(into):

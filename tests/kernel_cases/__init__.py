@@ -28,7 +28,6 @@ class Case:
     row_numbers     integers of which each row has its own; sliced with it, never scaled
     row_stable      a row's result has the same bits whatever stands in the other rows
     short_argument  the tensor argument that a bounds test shortens
-    cuda_columns    the longest row that impl='cuda' takes; longer ones are refused
     mma             the opcode that Triton's matrix kernels must have, per architecture
     mma_kernels     a pattern of the names of those kernels
     cuda_mma        the opcode that cuda.cu's matrix kernels must have (they use mma.sync)
@@ -54,7 +53,6 @@ class Case:
     cuda_mma_kernels: str = "few|gemm"
     shim_elements: int = 20000
     uses: str = "__syncthreads"
-    cuda_columns: int | None = None
     shim_shapes: tuple = ((1, 64), (3, 301))
     archs: tuple[str, ...] = ("sm_80", "sm_90a")
     judge: Callable | None = None
@@ -75,6 +73,10 @@ class Case:
         for n in shape:
             total *= n
         return total <= self.shim_elements
+
+
+# rows beyond the 12288 columns that a CUDA block keeps in shared memory, on the host shim too
+LONG = {"shim_elements": 40_000, "shim_shapes": ((1, 64), (3, 301), (1, 12301))}
 
 
 def outputs(out) -> tuple[torch.Tensor, ...]:

@@ -5,7 +5,7 @@ import math
 import torch
 from torch.nn.functional import gelu, silu
 
-from tests.kernel_cases import Case, Rival, Speed, bad, random
+from tests.kernel_cases import LONG, Case, Rival, Speed, bad, random
 
 # odd, a power of two, one column, one row, no row, no column, longer than a block
 ROWS = [(5, 123), (3, 2, 64), (4, 1), (1, 384), (0, 7), (2, 0), (2, 4097)]
@@ -33,7 +33,7 @@ def _rope(shape, dtype):
 
 
 CASES = [
-    Case("softmax", _softmax, [*ROWS, (2, 20000)], large=(300, 1111), cuda_columns=12288),
+    Case("softmax", _softmax, [*ROWS, (2, 20000)], large=(300, 1111), **LONG),
     Case("swiglu", _swiglu, ROWS, large=(300, 1111), row_args=(0, 1), uses=""),
     Case("gelu_bias", _gelu_bias, ROWS, large=(300, 1111), uses=""),
     Case("rope", _rope, HEADS, large=(7, 60, 4, 64), uses="",

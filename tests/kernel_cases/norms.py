@@ -3,7 +3,7 @@
 import torch
 from torch.nn.functional import layer_norm, rms_norm
 
-from tests.kernel_cases import Case, Rival, Speed, bad, random
+from tests.kernel_cases import LONG, Case, Rival, Speed, bad, random
 
 # odd, a power of two, one column, one row, no row, no column, longer than any one block
 ROWS = [(5, 123), (3, 2, 64), (4, 1), (1, 384), (0, 7), (2, 0), (2, 4097), (2, 20000)]
@@ -24,16 +24,17 @@ def _layer_norm(shape, dtype):
 
 
 CASES = [
-    Case("rms_norm", _rms_norm, ROWS, large=(300, 1111), cuda_columns=12288),
+    Case("rms_norm", _rms_norm, ROWS, large=(300, 1111), **LONG),
     Case(
         "add_rms_norm",
         _add_rms_norm,
-        ROWS[:-1],
+        ROWS,
         large=(300, 1111),
+        **LONG,
         row_args=(0, 1),
         short_argument=2,
     ),
-    Case("layer_norm", _layer_norm, ROWS[:-1], large=(300, 1111)),
+    Case("layer_norm", _layer_norm, ROWS, large=(300, 1111), **LONG),
 ]
 
 # 128 MB in fp32: the activations of 8192 tokens at a width of 4096, of 16384 at 2048; long rows
