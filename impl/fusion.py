@@ -5,8 +5,6 @@ from __future__ import annotations
 from .core import GREEDY, Engine, NotEngaged, technique
 from .fidelity import same_tokens
 
-MOST_TOKENS = 16  # of a row in one call of the fused step; longer ones are prompts
-
 
 def _one_operator_per_step(engine: Engine, run) -> str:
     """Counts torch's operators in a step of the model, and the steps of ``run`` that were fused."""
@@ -63,7 +61,7 @@ def decode_step(engine: Engine) -> Engine:
 
     def forward(ids, positions=None, cache=None, last_only=False):
         positions = 0 if positions is None else positions
-        if cache is None or ids.shape[1] > MOST_TOKENS:
+        if cache is None:
             return prompt(ids, positions, cache, last_only)
         engine.stats["fused_steps"] += 1
         return step(ids, positions, cache, last_only).to(engine.dtype)

@@ -17,6 +17,52 @@ inline f32v load(const int8_t* p) {
 }
 inline float to_float(int8_t x) { return x; }
 
+// f(0), f(1), ... f(N - 1) with constant arguments: arrays indexed by them live in registers, where a
+// loop unrolled later would leave every sum in memory.
+#define INLINED __attribute__((always_inline))
+template <class F, int... I>
+INLINED inline void unrolled(F f, std::integer_sequence<int, I...>) {
+    (f(std::integral_constant<int, I>()), ...);
+}
+template <int N, class F> INLINED inline void unrolled(F f) {
+    unrolled(f, std::make_integer_sequence<int, N>());
+}
+
+constexpr int TILE_ROWS = 4;    // rows of weights side by side
+constexpr int BLOCK_ROWS = 16;  // rows of weights widened at once for a large batch
+// Rows of x whose sums fit the registers beside one another: 6 x 4 sums, 6 rows of x, 1 of weights.
+constexpr int MOST_ROWS = LANES == 16 ? 6 : 2;
+
+// out[r] = the sum of the lanes of v[r], for four at once: a third of the instructions of four sums.
+inline void lanes_sums(const f32v (&v)[TILE_ROWS], float* out) {
+#if defined(__AVX512F__)
+    const auto pair = [](f32v a, f32v b) INLINED {
+        return _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps((__m512)a, (__m512)b),
+                                              _mm512_unpackhi_ps((__m512)a, (__m512)b)));
+    };
+    const __m512d a = pair(v[0], v[1]), b = pair(v[2], v[3]);
+    const __m512 four = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
+                                      _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(four), _mm512_extractf32x8_ps(four, 1));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+#else
+    for (int r = 0; r < TILE_ROWS; ++r) out[r] = sum(v[r]);
+#endif
+}
+#if defined(__AVX512F__)
+inline void lanes_sums(const i32v (&v)[TILE_ROWS], int32_t* out) {
+    const auto pair = [](i32v a, i32v b) INLINED {
+        return _mm512_add_epi32(_mm512_unpacklo_epi32((__m512i)a, (__m512i)b),
+                                _mm512_unpackhi_epi32((__m512i)a, (__m512i)b));
+    };
+    const __m512i a = pair(v[0], v[1]), b = pair(v[2], v[3]);
+    const __m512i four = _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+    const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(four),
+                                          _mm512_extracti64x4_epi64(four, 1));
+    _mm_storeu_si128((__m128i*)out, _mm_add_epi32(_mm256_castsi256_si128(half),
+                                                  _mm256_extracti128_si256(half, 1)));
+}
+#endif
 inline float lanes_sum(f32v v) {
 #if defined(__AVX512F__)
     return _mm512_reduce_add_ps((__m512)v);
@@ -27,20 +73,27 @@ inline float lanes_sum(f32v v) {
 
 // How one vector of activations meets one of weights, and from how many rows of activations it pays
 // to widen the weights ahead of the products.
-struct Fma {  // fp32 activations
+struct Plain {  // how activations stand in memory, where nothing else is said
+    static constexpr int PLANES = 1;         // numbers of X per activation
+    static constexpr bool PADDED = false;    // whether rows of x are filled up to whole steps
+    static constexpr int MOST = MOST_ROWS;
+};
+struct Fma : Plain {  // fp32 activations
     using X = float;
     using Vector = f32v;
     using Sum = f32v;
+    using Total = float;
     static constexpr int STEP = LANES;
     static constexpr int WIDEN_ONCE = LANES == 16 ? 1 << 30 : 5;  // six rows share a conversion
     template <class W> static Vector widen(const W* p) { return load(p); }
     static f32v mac(f32v acc, Vector x, Vector w) { return fma(x, w, acc); }
 };
 #if defined(__AVX512BF16__)
-struct DotBf16 {  // bf16 activations: products of pairs, exact, added in fp32
+struct DotBf16 : Plain {  // bf16 activations: products of pairs, exact, added in fp32
     using X = bf16;
     using Vector = __m512bh;
     using Sum = f32v;
+    using Total = float;
     static constexpr int STEP = 32;
     static constexpr int WIDEN_ONCE = 32;
     static Vector widen(const bf16* p) { return load_as<Vector>(p); }
@@ -53,10 +106,11 @@ struct DotBf16 {  // bf16 activations: products of pairs, exact, added in fp32
 };
 #endif
 #if defined(__AVX512VNNI__)
-struct DotInt8 {  // int8 activations, kept as x + 128: exact int32 sums of products of four
+struct DotInt8 : Plain {  // int8 activations, kept as x + 128: exact int32 sums of products of four
     using X = uint8_t;
     using Vector = __m512i;
     using Sum = i32v;
+    using Total = int32_t;
     static constexpr int STEP = 64;
     static constexpr int WIDEN_ONCE = 1 << 30;  // nothing to widen
     static Vector widen(const uint8_t* p) { return load_as<Vector>(p); }
@@ -68,24 +122,13 @@ struct DotInt8 {  // int8 activations, kept as x + 128: exact int32 sums of prod
 inline int32_t lanes_sum(i32v v) { return _mm512_reduce_add_epi32((__m512i)v); }
 #endif
 
-template <class D, class W> inline typename D::Vector widen_tail(const W* p, int64_t n) {
+template <class D, class W> inline auto widen_tail(const W* p, int64_t n) {
     W padded[D::STEP] = {};
     std::memcpy(padded, p, n * sizeof(W));
     return D::widen(padded);
 }
 
-// f(0), f(1), ... f(N - 1) with constant arguments: arrays indexed by them live in registers, where a
-// loop unrolled later would leave every sum in memory.
-#define INLINED __attribute__((always_inline))
-template <class F, int... I>
-INLINED inline void unrolled(F f, std::integer_sequence<int, I...>) {
-    (f(std::integral_constant<int, I>()), ...);
-}
-template <int N, class F> INLINED inline void unrolled(F f) {
-    unrolled(f, std::make_integer_sequence<int, N>());
-}
-
-template <class D> using Out = std::remove_reference_t<decltype(typename D::Sum()[0])>;
+template <class D> using Out = typename D::Total;
 
 // acc[r][m] = x row m . w row r, for M rows of x and R rows of w.
 template <class D, class W, int M, int R, bool PREFETCH>
@@ -96,7 +139,7 @@ inline void dot_tile(const typename D::X* x, int64_t x_stride, const W* w, int64
     int64_t k = 0;
     const auto step = [&](int64_t at) INLINED {
         typename D::Vector row[M];
-        unrolled<M>([&](auto m) INLINED { row[m] = D::widen(x + m * x_stride + at); });
+        unrolled<M>([&](auto m) INLINED { row[m] = D::widen(x + m * x_stride + at * D::PLANES); });
         unrolled<R>([&](auto r) INLINED {
             const auto weights = D::widen(w + r * w_stride + at);
             unrolled<M>([&](auto m) INLINED { acc[r][m] = D::mac(acc[r][m], row[m], weights); });
@@ -112,20 +155,22 @@ inline void dot_tile(const typename D::X* x, int64_t x_stride, const W* w, int64
         unrolled<R>([&](auto r) INLINED {
             const auto weights = widen_tail<D>(w + r * w_stride + k, K - k);
             unrolled<M>([&](auto m) INLINED {
-                acc[r][m] = D::mac(acc[r][m], widen_tail<D>(x + m * x_stride + k, K - k), weights);
+                const auto* from = x + m * x_stride + k * D::PLANES;
+                if constexpr (D::PADDED) acc[r][m] = D::mac(acc[r][m], D::widen(from), weights);
+                else acc[r][m] = D::mac(acc[r][m], widen_tail<D>(from, K - k), weights);
             });
         });
-    unrolled<R>([&](auto r) INLINED {
-        unrolled<M>([&](auto m) INLINED { out[r][m] = lanes_sum(acc[r][m]); });
+    unrolled<M>([&](auto m) INLINED {
+        typename D::Sum rows[TILE_ROWS];
+        unrolled<TILE_ROWS>([&](auto r) INLINED { rows[r] = acc[r < R ? r : 0][m]; });
+        Out<D> sums[TILE_ROWS];
+        lanes_sums(rows, sums);
+        unrolled<R>([&](auto r) INLINED { out[r][m] = sums[r]; });
     });
 }
 
-constexpr int TILE_ROWS = 4;   // rows of weights side by side
-constexpr int BLOCK_ROWS = 16;  // rows of weights widened at once for a large batch
-// Rows of x whose sums fit the registers beside one another: 6 x 4 sums, 6 rows of x, 1 of weights.
-constexpr int MOST_ROWS = LANES == 16 ? 6 : 2;
 
-// done(n, m, dot) for rows n0 <= n < n1 of w and M <= MOST_ROWS rows of x.
+// done(n, m, dot) for rows n0 <= n < n1 of w and M <= D::MOST rows of x.
 template <class D, class W, int M, class Done>
 inline void dot_rows(const typename D::X* x, int64_t x_stride, const W* w, int64_t w_stride,
                      int64_t n0, int64_t n1, int64_t K, bool prefetch, Done done) {
@@ -160,14 +205,16 @@ inline void dot_all(const typename D::X* x, int64_t x_stride, int64_t M, const W
     };
     while (m < M) {
         const int64_t left = M - m;
-        const int64_t tile = left <= MOST_ROWS ? left : left <= 8 && MOST_ROWS > 4 ? 4 : MOST_ROWS;
+        const int64_t tile = left <= D::MOST ? left : left <= 8 && D::MOST > 4 ? 4 : D::MOST;
         if (tile == 1) run(std::integral_constant<int, 1>());
         else if (tile == 2) run(std::integral_constant<int, 2>());
-        else if constexpr (MOST_ROWS >= 6) {
+        else if constexpr (D::MOST >= 4) {
             if (tile == 3) run(std::integral_constant<int, 3>());
             else if (tile == 4) run(std::integral_constant<int, 4>());
-            else if (tile == 5) run(std::integral_constant<int, 5>());
-            else run(std::integral_constant<int, 6>());
+            else if constexpr (D::MOST >= 6) {
+                if (tile == 5) run(std::integral_constant<int, 5>());
+                else run(std::integral_constant<int, 6>());
+            }
         }
     }
 }
@@ -185,7 +232,7 @@ inline void matmul_rows(const typename D::X* x, int64_t x_stride, int64_t M, con
     using X = typename D::X;
     if (M < D::WIDEN_ONCE) {
         // more than one tile would read the weights again: from the cache, in blocks
-        const int64_t block = M <= MOST_ROWS ? n1 - n0 : BLOCK_ROWS;
+        const int64_t block = M <= D::MOST ? n1 - n0 : BLOCK_ROWS;
         for (int64_t n = n0; n < n1; n += block)
             dot_all<D, W>(x, x_stride, M, w, w_stride, n, n + block < n1 ? n + block : n1, K, true,
                           done);

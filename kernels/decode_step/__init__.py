@@ -38,14 +38,16 @@ class _Layer(Structure):
 class _Model(Structure):
     _fields_ = [*((name, c_int64) for name in ("layers", "hidden", "inner", "heads", "kv_heads",
                                                "head_dim", "vocab", "window", "cache_bf16",
-                                               "slots")),
+                                               "slots", "narrow")),
                 ("eps", c_double),
                 *((name, c_void_p) for name in ("final_norm", "cos", "sin")),
                 ("embed", _Linear), ("head", _Linear), ("layer", POINTER(_Layer))]  # fmt: skip
 
 
 _STEP = (POINTER(_Model), c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64,
-         c_void_p, c_int)  # fmt: skip
+         c_void_p, c_int, c_int64)  # fmt: skip
+MOST_TOKENS = 16  # of a row in one step; more are a prompt: other sums, for more arithmetic
+MOST_ROWS = 256  # of a prompt in one call: its buffers stay in the caches
 
 
 class DecodeStep:
@@ -82,7 +84,8 @@ class DecodeStep:
             heads=config.num_heads, kv_heads=config.num_kv_heads, head_dim=config.head_dim,
             vocab=config.vocab_size, window=config.sliding_window or 0, eps=config.norm_eps,
             final_norm=self._norm(model.norm), embed=self._linear(model.embed),
-            head=self._linear(model.lm_head), layer=self.layers)  # fmt: skip
+            head=self._linear(model.lm_head), layer=self.layers,
+            narrow=model.norm.weight.dtype == torch.bfloat16)  # fmt: skip
         expect(self.model.embed.kind in (FP32, BF16, INT8), "decode_step needs a plain embedding")
         self.decoder, self._space = model, torch.empty(0)
         # not kept alive: whoever lends caches must see when one is let go
@@ -118,8 +121,9 @@ class DecodeStep:
         kind, scale, sums = kinds[weight.dtype], None, None
         if kind == INT8:
             scale = self._pointer(module.scale.reshape(-1), torch.float32)
+            sums = self._pointer(weight.sum(1), torch.int32)
             if getattr(module, "dynamic_activations", "Dynamic" in type(module).__name__):
-                kind, sums = INT8_DYNAMIC, self._pointer(weight.sum(1), torch.int32)
+                kind = INT8_DYNAMIC
         bias = getattr(module, "bias", None)
         return _Linear(self._pointer(weight), scale,
                        None if bias is None else self._pointer(bias, torch.float32), sums,
@@ -156,23 +160,24 @@ class DecodeStep:
         expect(rows == batch, f"the cache holds {rows} rows, the ids have {batch}")
 
     def raw(self, batch: int, tokens: int, outputs: int):
-        """``call(ids, positions, logits, argmax)`` on addresses, for steps of one shape.
+        """``call(ids, positions, logits, argmax, steps=1)`` on addresses, for steps of one shape.
 
         ids and positions are int64 (B, T), argmax int64 (B, outputs) or 0, logits fp32
-        (B, outputs, V); the threads are those that torch has now.
+        (B, outputs, V); the threads are those that torch has now.  With several steps (T and
+        outputs 1), ids are (steps, B), positions too, and argmax is the address of ids[1].
         """
         threads = torch.get_num_threads()
         step = build.cpu_function("decode_step", "decode_step", _STEP, c_int)
         size = build.cpu_function("decode_step", "decode_step_workspace",
-                                  (POINTER(_Model), c_int64, c_int64), c_int64)  # fmt: skip
-        needed = size(self.model, batch * tokens, threads)
+                                  (POINTER(_Model), c_int64, c_int64, c_int64), c_int64)  # fmt: skip
+        needed = size(self.model, batch, tokens, threads)
         if self._space.numel() < needed:
             self._space = torch.empty(needed)
         model, space = ctypes.byref(self.model), self._space.data_ptr()
 
-        def call(ids: int, positions: int, logits: int, argmax: int) -> None:
+        def call(ids: int, positions: int, logits: int, argmax: int, steps: int = 1) -> None:
             status = step(model, ids, positions, batch, tokens, logits, argmax, outputs, space,
-                          threads)  # fmt: skip
+                          threads, steps)  # fmt: skip
             if status:
                 raise KernelError(
                     f"a token is outside the vocabulary of {self.model.vocab}" if status == 1 else
@@ -191,14 +196,24 @@ class DecodeStep:
                f"{ids.dtype} and {tuple(positions.shape)} {positions.dtype}")  # fmt: skip
         self.use(cache)
         self._expect_rows(B, cache)
-        outputs = 1 if last_only else T
+        most = max(MOST_ROWS // B, MOST_TOKENS)
+        parts = list(zip(ids.split(most, 1), positions.split(most, 1), strict=True))
+        logits = [self._part(*part, 0 if last_only else part[0].shape[1]) for part in parts[:-1]]
+        logits.append(self._part(*parts[-1], 1 if last_only else parts[-1][0].shape[1]))
+        return logits[0] if len(logits) == 1 else torch.cat(logits[-1:] if last_only else logits, 1)
+
+    def _part(self, ids: Tensor, positions: Tensor, outputs: int) -> Tensor:
+        B, T = ids.shape
         logits = torch.empty(B, outputs, self.model.vocab)
         ids, positions = ids.contiguous(), positions.contiguous()
         self.raw(B, T, outputs)(ids.data_ptr(), positions.data_ptr(), logits.data_ptr(), 0)
         return logits
 
     def generate(self, first: Tensor, start: int, count: int, cache, on_token=None) -> Tensor:
-        """Greedy: ``count`` tokens (B, count) after ``first`` (B, 1) at position ``start``."""
+        """Greedy: ``count`` tokens (B, count) after ``first`` (B, 1) at position ``start``.
+
+        All steps are one call; with ``on_token``, who wants each token at once, one call a step.
+        """
         B = len(first)
         self.use(cache)
         self._expect_rows(B, cache)
@@ -208,8 +223,10 @@ class DecodeStep:
         logits = torch.empty(B, self.model.vocab)
         call, at, row = self.raw(B, 1, 1), tokens.data_ptr(), 8 * B
         where, out = positions.data_ptr(), logits.data_ptr()
+        if on_token is None:
+            call(at, where, out, at + row, count)
+            return tokens[1:].T
         for i in range(count):
             call(at + i * row, where + i * row, out, at + (i + 1) * row)
-            if on_token is not None:
-                on_token(tokens[i + 1][:, None])
+            on_token(tokens[i + 1][:, None])
         return tokens[1:].T

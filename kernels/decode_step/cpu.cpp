@@ -2,307 +2,312 @@
 // tokens, in one parallel region: threads meet at barriers of their own and never go back to sleep.
 // Activations are fp32 whatever the weights; each output is summed in an order that depends neither
 // on the batch nor on the number of threads, so a verify step has the bits of single steps.
-#include <atomic>
+// A prompt (T > MOST_TOKENS) goes through panels of weights instead: other sums, more arithmetic.
 #include <memory>
-#include <sched.h>
-#include "int4.h"
+#include "decoder.h"
+#include "narrow_weights.h"
+#include "panels.h"
 
-enum Kind : int32_t { FP32, BF16, INT8, INT8_DYNAMIC, INT4 };
+constexpr int64_t MOST_TOKENS = 16;  // of a row, in a step
+constexpr int64_t FEW = 2;  // rows that every thread prepares for itself rather than wait for others
 
-struct Linear {  // w (n, k) row-major; scale (n,) fp32 for int8; sums (n,) of w for INT8_DYNAMIC
-    const void* w;         // INT4: w and scale as in int4.h
-    const float *scale, *bias;
-    const int32_t* sums;
-    int64_t n, k;
-    int64_t kind, group;
-    int64_t unit() const { return kind == INT4 ? SIDE : TILE_ROWS; }  // outputs that stay together
-};
-struct Layer {
-    const float *input_norm, *post_norm, *q_norm, *k_norm;  // the last two: null without
-    Linear q, k, v, o, gate, up, down;
-    void *keys, *values;  // (B, kv_heads, slots, head_dim)
-};
-struct Model {
-    int64_t layers, hidden, inner, heads, kv_heads, head_dim, vocab, window, cache_bf16, slots;
-    double eps;
-    const float *final_norm, *cos, *sin;  // tables (positions, head_dim), sine signed
-    Linear embed, head;
-    Layer* layer;
-};
-
-static inline void pause() {
-#if defined(__SSE2__)
-    _mm_pause();
+// How activations stand for a kind of weights.
+enum Form { PLAIN, HALVES, BYTES, QUANTIZED, PAIRED };
+static Form form_of(const Linear& l, bool prompt, bool narrow) {
+    if (l.kind == INT8_DYNAMIC) return QUANTIZED;
+#if defined(__AVX512BF16__)
+    if (prompt && (narrow || l.kind == BF16) && l.kind != FP32 && l.kind != INT4) return PAIRED;
 #endif
+    (void)narrow;
+    if (prompt) return PLAIN;
+#if defined(__AVX512VNNI__)
+    if (l.kind == INT8) return BYTES;
+#endif
+    return l.kind == BF16 ? HALVES : PLAIN;
 }
 
-class Team {  // the barrier of a step's threads: spins, and yields when others need the core
-    std::atomic<int> waiting{0}, phase{0};
-
-public:
-    const int size;
-    explicit Team(int n) : size(n) {}
-    void meet() {
-        if (size == 1) return;
-        const int mine = phase.load(std::memory_order_relaxed);
-        if (waiting.fetch_add(1, std::memory_order_acq_rel) == size - 1) {
-            waiting.store(0, std::memory_order_relaxed);
-            phase.store(mine + 1, std::memory_order_release);
-            return;
-        }
-        for (int spins = 0; phase.load(std::memory_order_acquire) == mine; ++spins)
-            spins < 4000 ? pause() : (void)sched_yield();
-    }
+struct Buffers {  // rows of `stride` floats and bytes of 3 * stride
+    float* wide;
+    uint8_t* bytes;
+    float* scale;
 };
-
-// Activations (M, K) as the linears want them: fp32 rows, and quantized when one of them asks.
-struct Rows {
+struct Rows {  // activations (M, K) in one of the forms, `stride` numbers from row to row
+    Form form;
     const float* wide;
-    const uint8_t* narrow;  // x / scale + 128, rounded
-    const float* scale;     // (M,)
-    int64_t M, K;
+    const uint8_t* bytes;
+    const float* scale;
+    int64_t M, K, stride;
 };
 
-// out[m * stride + n] = (or +=) x row m . w row n * scale + bias, for n0 <= n < n1
-template <bool ADD>
-static void linear(const Linear& l, const Rows& x, int64_t n0, int64_t n1, float* out,
-                   int64_t stride, float* scratch) {
-    const auto put = [&](int64_t n, int64_t m, float v) {
-        if (l.bias) v += l.bias[n];
-        float& to = out[m * stride + n];
-        to = ADD ? to + v : v;
+// The part of linear `l` that makes outputs n0 <= n < n1 of `x`, given as put(n, m, value).
+template <class Put>
+static void step_linear(const Linear& l, const Rows& x, int64_t n0, int64_t n1, float* scratch, Put put) {
+    const auto run = [&](auto d, const auto* rows, const auto* w, auto done) {
+        matmul_rows<decltype(d)>(rows, x.stride, x.M, w, l.k, n0, n1, l.k,
+                                 (std::remove_const_t<std::remove_pointer_t<decltype(rows)>>*)scratch, done);
     };
+    const auto scaled = [&](int64_t n, int64_t m, float v) { put(n, m, v * l.scale[n]); };
+    (void)scaled;
     switch (l.kind) {
-    case FP32:
-        return matmul_rows<Fma>(x.wide, x.K, x.M, (const float*)l.w, l.k, n0, n1, l.k, scratch, put);
-    case BF16:
-        return matmul_rows<Fma>(x.wide, x.K, x.M, (const bf16*)l.w, l.k, n0, n1, l.k, scratch, put);
-    case INT8:
-        return matmul_rows<Fma>(x.wide, x.K, x.M, (const int8_t*)l.w, l.k, n0, n1, l.k, scratch,
-                                [&](int64_t n, int64_t m, float v) { put(n, m, v * l.scale[n]); });
+    case FP32: return run(Fma(), x.wide, (const float*)l.w, put);
+    case BF16: return run(DotHalves(), x.wide, (const bf16*)l.w, put);
     case INT4:
-        return int4_rows<Int4Fp32>(x.wide, x.K, x.M,
+        return int4_rows<Int4Fp32>(x.wide, x.stride, x.M,
                                    {(const uint32_t*)l.w, (const bf16*)l.scale, l.k, l.group}, n0,
                                    n1, put);
-    case INT8_DYNAMIC:
 #if defined(__AVX512VNNI__)
-        return matmul_rows<DotInt8>(
-            x.narrow, x.K, x.M, (const int8_t*)l.w, l.k, n0, n1, l.k, (uint8_t*)nullptr,
-            [&](int64_t n, int64_t m, int32_t v) {
-                put(n, m, float(v - 128 * l.sums[n]) * (x.scale[m] * l.scale[n]));
-            });
-#else  // the quantized activations stand in `wide`
-        return matmul_rows<Fma>(
-            x.wide, x.K, x.M, (const int8_t*)l.w, l.k, n0, n1, l.k, scratch,
-            [&](int64_t n, int64_t m, float v) { put(n, m, v * (x.scale[m] * l.scale[n])); });
+    case INT8:
+        return run(DotBytes(), x.bytes, (const int8_t*)l.w,
+                   [&](int64_t n, int64_t m, const DotBytes::Total& v) {
+                       scaled(n, m, DotBytes::value(v, l.sums[n], x.scale[m]));
+                   });
+    case INT8_DYNAMIC:
+        return run(DotInt8(), x.bytes, (const int8_t*)l.w, [&](int64_t n, int64_t m, int32_t v) {
+            put(n, m, float(v - 128 * l.sums[n]) * (x.scale[m] * l.scale[n]));
+        });
+#else
+    case INT8: return run(Fma(), x.wide, (const int8_t*)l.w, scaled);
+    case INT8_DYNAMIC:  // the quantized activations stand in `wide`
+        return run(Fma(), x.wide, (const int8_t*)l.w, [&](int64_t n, int64_t m, float v) {
+            put(n, m, v * (x.scale[m] * l.scale[n]));
+        });
 #endif
     }
 }
 
-static void embed_row(const Linear& e, int64_t id, float* to) {
-    const int64_t C = e.k;
-    const auto fill = [&](auto* row, float scale) {
-        fill_row(to, C, false, [&](int64_t i) { return load(row + i) * scale; },
-                 [&](int64_t i) { return to_float(row[i]) * scale; });
+// The same for the rows of a prompt.
+template <class Put>
+static void prompt_linear(const Linear& l, const Rows& x, int64_t n0, int64_t n1, float* scratch, Put put) {
+    const auto run = [&](auto f, const void* rows, int64_t bytes, auto fill, auto value) {
+        using F = decltype(f);
+        panel_rows<F>((const Word*)rows, bytes / 4, x.M, (l.k + F::PER_WORD - 1) / F::PER_WORD, n0,
+                      n1, (Word*)scratch, fill, [&](int64_t m, int64_t n, int64_t count, const float* sums) {
+                          for (int64_t i = 0; i < count; ++i) put(n + i, m, value(n + i, m, sums + i));
+                      });
     };
-    if (e.kind == FP32) fill((const float*)e.w + id * C, 1.f);
-    if (e.kind == BF16) fill((const bf16*)e.w + id * C, 1.f);
-    if (e.kind == INT8) fill((const int8_t*)e.w + id * C, e.scale[id]);
+    const auto rows_of = [&](auto f, const auto* w) {
+        return [=, k = l.k](int64_t n0, int64_t n1, int64_t w0, int64_t w1, Word* panel) {
+            turn<decltype(f)>(w, k, n0, n1, w0, w1, panel);
+        };
+    };
+    const auto plain = [](int64_t, int64_t, const float* v) { return *v; };
+    const auto scaled = [&](int64_t n, int64_t, const float* v) { return *v * l.scale[n]; };
+    const auto both = [&](int64_t n, int64_t m, const float* v) { return *v * (x.scale[m] * l.scale[n]); };
+    const int64_t wide = 4 * x.stride;
+    (void)both;
+#if defined(__AVX512BF16__)
+    if (x.form == PAIRED && l.kind == BF16)
+        return run(Pairs(), x.bytes, x.stride, rows_of(Pairs(), (const bf16*)l.w), plain);
+    if (x.form == PAIRED)
+        return run(Pairs(), x.bytes, x.stride, rows_of(Pairs(), (const int8_t*)l.w), scaled);
+#endif
+#if defined(__AVX512VNNI__)
+    if (x.form == QUANTIZED)
+        return run(Quads(), x.bytes, x.stride, rows_of(Quads(), (const int8_t*)l.w),
+                   [&](int64_t n, int64_t m, const float* v) {
+                       return float(bit_cast<int32_t>(*v) - 128 * l.sums[n]) * (x.scale[m] * l.scale[n]);
+                   });
+#else
+    if (x.form == QUANTIZED) return run(Singles(), x.wide, wide, rows_of(Singles(), (const int8_t*)l.w), both);
+#endif
+    if (l.kind == FP32) return run(Singles(), x.wide, wide, rows_of(Singles(), (const float*)l.w), plain);
+    if (l.kind == BF16) return run(Singles(), x.wide, wide, rows_of(Singles(), (const bf16*)l.w), plain);
+    if (l.kind == INT8) return run(Singles(), x.wide, wide, rows_of(Singles(), (const int8_t*)l.w), scaled);
+    const Int4 w{(const uint32_t*)l.w, (const bf16*)l.scale, l.k, l.group};
+    run(Singles(), x.wide, wide, [&](int64_t n0, int64_t n1, int64_t w0, int64_t w1, Word* panel) {
+        turn(w, n0, n1, w0, w1, panel);
+    }, plain);
 }
 
-static void rotate(float* x, const float* cos, const float* sin, int64_t D) {
-    for (int64_t i = 0; i < D / 2; ++i) {
-        const float a = x[i], b = x[i + D / 2];
-        x[i] = a * cos[i] + b * sin[i];  // sin is negated in the first half
-        x[i + D / 2] = b * cos[i + D / 2] + a * sin[i + D / 2];
-    }
-}
-
-// out (D) = softmax(q . keys[first .. last]) values, keys in blocks so that the sums of a query
-// depend on its own position only.
-template <class T>
-static void attend(const float* q, const T* keys, const T* values, int64_t first, int64_t last,
-                   int64_t D, float* out) {
-    constexpr int64_t BLOCK = 64;
-    float score[BLOCK], top = -INFINITY, total = 0;
-    for (int64_t d = 0; d < D; ++d) out[d] = 0;
-    for (int64_t s = first; s <= last; s += BLOCK) {
-        const int64_t n = last + 1 - s < BLOCK ? last + 1 - s : BLOCK;
-        dot_rows<Fma, T, 1>(q, D, keys + s * D, D, 0, n, D, true,
-                            [&](int64_t i, int64_t, float v) { score[i] = v; });
-        float most = top;
-        for (int64_t i = 0; i < n; ++i) most = score[i] > most ? score[i] : most;
-        const float shrink = exponential(top - most);
-        top = most;
-        for (int64_t i = n; i < BLOCK; ++i) score[i] = -INFINITY;
-        f32v part = {};
-        for (int64_t i = 0; i < BLOCK; i += LANES) {
-            const f32v p = exponential(load(score + i) - top);
-            store(score + i, p);
-            part += p;
-        }
-        total = total * shrink + sum(part);
-        int64_t d = 0;
-        for (; d + 4 * LANES <= D; d += 4 * LANES) {
-            f32v acc[4];
-            for (int u = 0; u < 4; ++u) acc[u] = load(out + d + u * LANES) * shrink;
-            for (int64_t i = 0; i < n; ++i)
-                for (int u = 0; u < 4; ++u) acc[u] = fma(splat(score[i]), load(values + (s + i) * D + d + u * LANES), acc[u]);
-            for (int u = 0; u < 4; ++u) store(out + d + u * LANES, acc[u]);
-        }
-        for (; d < D; ++d) {
-            float acc = out[d] * shrink;
-            for (int64_t i = 0; i < n; ++i) acc += score[i] * to_float(values[(s + i) * D + d]);
-            out[d] = acc;
-        }
-    }
-    for (int64_t d = 0; d < D; ++d) out[d] /= total;
-}
-
-// What one call works on; the buffers are shared by its threads.
+// What one call works on; the buffers are shared by its threads, but for each one's own.
 struct Step {
     const Model& m;
     const int64_t *ids, *positions;  // (B, T)
     int64_t B, T;
-    float *logits;      // (B, outputs, V) fp32, or null
-    int64_t* argmax;    // (B, outputs), or null
-    int64_t outputs;    // tokens per row that get logits: T, or 1 for the last
-    float *x, *h, *qkv, *attended, *act, *up;
-    uint8_t* narrow;
-    float* scales;
+    float* logits;    // (B, outputs, V) fp32, or null
+    int64_t* argmax;  // (B, outputs), or null
+    int64_t outputs;  // tokens per row that get logits: T, 1 for the last, or none
+    float *x, *qkv, *attended, *act, *up;
+    Buffers shared, own;
+    float* scratch;     // this thread's
     Team& team;
+    const int thread;
     float* best;        // (threads, B * outputs)
     int64_t* best_at;
 
     int64_t rows() const { return B * T; }
+    bool prompt() const { return T > MOST_TOKENS; }
+    Share share(int64_t total, int64_t unit) const { return {total, thread, team.size, unit}; }
 
-    // h = norm(x) * weight for this thread's share of rows; quantized too when asked
-    void normalize(const float* weight, bool quantized, int thread, const float* from, int64_t n) {
-        const Share share(n, thread, team.size, 1);
-        for (int64_t r = share.begin; r < share.end; ++r) {
-            const float* in = from + r * m.hidden;
-            norm_row(in, weight, h + r * m.hidden, m.hidden,
-                     inverse_rms(in, m.hidden, float(m.eps)), false);
-            if (quantized) quantize_in_place(h + r * m.hidden, r, m.hidden);
+    // Rows of `from` (n, K), normalized when there is a weight, as `l` wants them.
+    Rows prepare(const Linear& l, const float* from, const float* norm, int64_t n, int64_t K) {
+        const Form form = form_of(l, prompt(), m.narrow);
+        if (form == PLAIN && !norm) return {form, from, nullptr, nullptr, n, K, K};
+        const bool alone = n <= FEW;
+        const Buffers& to = alone ? own : shared;
+        const int64_t bytes = form == BYTES ? 3 * apart(K) : form == PAIRED ? 2 * apart(K) : apart(K);
+        const Share mine = alone ? Share(n, 0, 1, 1) : share(n, 1);
+        for (int64_t r = mine.begin; r < mine.end; ++r) {
+            const float* row = from + r * K;
+            float* wide = to.wide + r * apart(K);
+            if (norm) {
+                norm_row(row, norm, wide, K, inverse_rms(row, K, float(m.eps)), false);
+                row = wide;
+            }
+            arrange(form, row, K, wide, to.bytes + r * bytes, to.scale + r);
         }
+        if (!alone) team.meet();
+        const bool narrow = form != PLAIN && form != HALVES && to_bytes(form);
+        return {form, to.wide, to.bytes, to.scale, n, K, narrow ? bytes : apart(K)};
     }
-    void quantize_in_place(float* row, int64_t r, int64_t K) {
-        quantize_row(row, K, narrow + r * K, row, scales + r);
+    static bool to_bytes(Form form) {
+#if defined(__AVX512VNNI__)
+        return true;
+#else
+        return form != QUANTIZED;
+#endif
     }
-    void quantize(float* rows_, int64_t n, int64_t K, int thread) {
-        const Share share(n, thread, team.size, 1);
-        for (int64_t r = share.begin; r < share.end; ++r) quantize_in_place(rows_ + r * K, r, K);
-        team.meet();
-    }
-    Rows activations(const float* from, int64_t n, int64_t K) const {
-        return {from, narrow, scales, n, K};
+    static void arrange(Form form, const float* row, int64_t K, float* wide, uint8_t* bytes, float* scale) {
+        if (form == HALVES) split_halves(row, K, wide);
+        if (form == QUANTIZED) quantize_row(row, K, bytes, wide, scale);
+#if defined(__AVX512VNNI__)
+        if (form == BYTES) split_bytes(row, K, bytes, scale);
+#endif
+        if (form != PAIRED) return;
+        fill_row((bf16*)bytes, K, false, [&](int64_t i) { return load(row + i); },
+                 [&](int64_t i) { return row[i]; });
+        if (K % 2) ((bf16*)bytes)[K] = {0};
     }
 
-    template <class T_> void attention(const Layer& layer, int thread) {
-        const int64_t D = m.head_dim, H = m.heads, G = H / m.kv_heads,
-                      width = (H + 2 * m.kv_heads) * D, tasks = B * m.kv_heads;
-        for (int64_t task = thread; task < tasks; task += team.size) {
-            const int64_t b = task / m.kv_heads, head = task % m.kv_heads;
-            T_* keys = (T_*)layer.keys + task * m.slots * D;
-            T_* values = (T_*)layer.values + task * m.slots * D;
-            for (int64_t t = 0; t < T; ++t) {
-                const int64_t p = positions[b * T + t];
-                float* row = qkv + (b * T + t) * width;
-                const float *cos = m.cos + p * D, *sin = m.sin + p * D;
-                float *k = row + (H + head) * D, *v = row + (H + m.kv_heads + head) * D;
-                if (layer.k_norm) norm_row(k, layer.k_norm, k, D, inverse_rms(k, D, float(m.eps)), false);
-                rotate(k, cos, sin, D);
-                for (int64_t d = 0; d < D; ++d) {
-                    from_float(keys + p * D + d, k[d]);
-                    from_float(values + p * D + d, v[d]);
-                }
-                for (int64_t g = 0; g < G; ++g) {
-                    float* q = row + (head * G + g) * D;
-                    if (layer.q_norm)
-                        norm_row(q, layer.q_norm, q, D, inverse_rms(q, D, float(m.eps)), false);
-                    rotate(q, cos, sin, D);
-                    const float scale = 1.f / std::sqrt(float(D));
-                    for (int64_t d = 0; d < D; ++d) q[d] *= scale;
-                }
-            }
-            for (int64_t t = 0; t < T; ++t) {
-                const int64_t p = positions[b * T + t];
-                const int64_t first = m.window && p >= m.window ? p - m.window + 1 : 0;
-                for (int64_t g = 0; g < G; ++g)
-                    attend(qkv + (b * T + t) * width + (head * G + g) * D, keys, values, first, p, D,
-                           attended + (b * T + t) * H * D + (head * G + g) * D);
-            }
-        }
+    // out[m * stride + n] = (or +=) x row m . w row n * scale + bias, for n0 <= n < n1
+    template <bool ADD>
+    void linear(const Linear& l, const Rows& x, int64_t n0, int64_t n1, float* out, int64_t stride) {
+        const auto put = [&](int64_t n, int64_t m, float v) {
+            if (l.bias) v += l.bias[n];
+            float& to = out[m * stride + n];
+            to = ADD ? to + v : v;
+        };
+        if (prompt()) prompt_linear(l, x, n0, n1, scratch, put);
+        else step_linear(l, x, n0, n1, scratch, put);
     }
+    int64_t unit(const Linear& l) const { return prompt() ? SIDE : l.unit(); }
 
     // this thread's part of several linears of one input, side by side in rows of `out`
     template <int N>
-    void linears(const Linear* const (&parts)[N], const Rows& in, float* out, int64_t stride,
-                 int thread, float* scratch) {
+    void linears(const Linear* const (&parts)[N], const Rows& in, float* out, int64_t stride) {
         int64_t total = 0, at = 0;
         for (auto* l : parts) total += l->n;
-        const Share share(total, thread, team.size, parts[0]->unit());
+        const Share mine = share(total, unit(*parts[0]));
         for (auto* l : parts) {
-            const int64_t begin = std::max(share.begin - at, int64_t(0));
-            const int64_t end = std::min(share.end - at, l->n);
-            if (begin < end) linear<false>(*l, in, begin, end, out + at, stride, scratch);
+            const int64_t begin = std::max(mine.begin - at, int64_t(0));
+            const int64_t end = std::min(mine.end - at, l->n);
+            if (begin < end) linear<false>(*l, in, begin, end, out + at, stride);
             at += l->n;
         }
     }
 
-    void run(int thread, float* scratch) {
-        const int64_t C = m.hidden, H = m.heads, D = m.head_dim, n = rows(),
-                      width = (H + 2 * m.kv_heads) * D;
-        const Share own(n, thread, team.size, 1);
-        for (int64_t r = own.begin; r < own.end; ++r) embed_row(m.embed, ids[r], x + r * C);
-        for (int64_t i = 0; i < m.layers; ++i) {
-            const Layer& l = m.layer[i];
-            if (i) team.meet();
-            normalize(l.input_norm, l.q.kind == INT8_DYNAMIC, thread, x, n);
-            team.meet();
-            linears<3>({&l.q, &l.k, &l.v}, activations(h, n, C), qkv, width, thread, scratch);
-            team.meet();
-            m.cache_bf16 ? attention<bf16>(l, thread) : attention<float>(l, thread);
-            team.meet();
-            if (l.o.kind == INT8_DYNAMIC) quantize(attended, n, H * D, thread);
-            const Share out(C, thread, team.size, std::max(l.o.unit(), l.down.unit()));
-            linear<true>(l.o, activations(attended, n, H * D), out.begin, out.end, x, C, scratch);
-            team.meet();
-            normalize(l.post_norm, l.gate.kind == INT8_DYNAMIC, thread, x, n);
-            team.meet();
-            const Share in(m.inner, thread, team.size, l.gate.unit());
-            linear<false>(l.gate, activations(h, n, C), in.begin, in.end, act, m.inner, scratch);
-            linear<false>(l.up, activations(h, n, C), in.begin, in.end, up, m.inner, scratch);
-            for (int64_t r = 0; r < n; ++r) {
-                float *a = act + r * m.inner + in.begin, *u = up + r * m.inner + in.begin;
-                fill_row(a, in.end - in.begin, false,
-                         [&](int64_t j) { return silu(load(a + j)) * load(u + j); },
-                         [&](int64_t j) { return silu(splat(a[j]))[0] * u[j]; });
-            }
-            team.meet();
-            if (l.down.kind == INT8_DYNAMIC) quantize(act, n, m.inner, thread);
-            linear<true>(l.down, activations(act, n, m.inner), out.begin, out.end, x, C, scratch);
+    // Rotates token t of row b, for one kv head and its queries; the cache gets its key and value.
+    template <class C> void append(const Layer& layer, int64_t b, int64_t head, int64_t t) {
+        const int64_t D = m.head_dim, H = m.heads, G = H / m.kv_heads, p = positions[b * T + t];
+        float* row = qkv + (b * T + t) * (H + 2 * m.kv_heads) * D;
+        const auto turned = [&](float* at, const float* norm, float scale) {
+            if (norm) norm_row(at, norm, at, D, inverse_rms(at, D, float(m.eps)), false);
+            rotate(at, m.cos + p * D, m.sin + p * D, D);
+            for (int64_t d = 0; d < D; ++d) at[d] *= scale;
+        };
+        float *k = row + (H + head) * D, *v = row + (H + m.kv_heads + head) * D;
+        turned(k, layer.k_norm, 1);
+        const int64_t slot = ((b * m.kv_heads + head) * m.slots + p) * D;
+        for (int64_t d = 0; d < D; ++d) {
+            from_float((C*)layer.keys + slot + d, k[d]);
+            from_float((C*)layer.values + slot + d, v[d]);
+        }
+        for (int64_t g = 0; g < G; ++g)
+            turned(row + (head * G + g) * D, layer.q_norm, 1.f / std::sqrt(float(D)));
+    }
+    template <class C> void attend_to(const Layer& layer, int64_t b, int64_t h, int64_t t) {
+        const int64_t D = m.head_dim, H = m.heads, p = positions[b * T + t];
+        const int64_t first = m.window && p >= m.window ? p - m.window + 1 : 0;
+        const int64_t start = (b * m.kv_heads + h / (H / m.kv_heads)) * m.slots * D;
+        attend(qkv + ((b * T + t) * (H + 2 * m.kv_heads) + h) * D, (const C*)layer.keys + start,
+               (const C*)layer.values + start, first, p, D, attended + ((b * T + t) * H + h) * D);
+    }
+    template <class C> void attention(const Layer& layer) {
+        const int64_t H = m.heads, G = H / m.kv_heads, tasks = B * m.kv_heads;
+        const bool apart = prompt() || tasks < team.size;  // queries are shared among all threads
+        for (int64_t task = thread; task < tasks; task += team.size) {
+            const int64_t b = task / m.kv_heads, head = task % m.kv_heads;
+            for (int64_t t = 0; t < T; ++t) append<C>(layer, b, head, t);
+            for (int64_t t = 0; t < T && !apart; ++t)
+                for (int64_t g = 0; g < G; ++g) attend_to<C>(layer, b, head * G + g, t);
+        }
+        if (!apart) return;
+        team.meet();
+        for (int64_t i = thread; i < rows() * H; i += team.size)
+            attend_to<C>(layer, i / (T * H), i % H, i / H % T);
+    }
+
+    void feed_forward(const Layer& l, int64_t n) {
+        const int64_t C = m.hidden;
+        const Rows in = prepare(l.gate, x, l.post_norm, n, C);
+        const Share mine = share(m.inner, unit(l.gate));
+        linear<false>(l.gate, in, mine.begin, mine.end, act, m.inner);
+        linear<false>(l.up, in, mine.begin, mine.end, up, m.inner);
+        for (int64_t r = 0; r < n; ++r) {
+            float *a = act + r * m.inner + mine.begin, *u = up + r * m.inner + mine.begin;
+            fill_row(a, mine.end - mine.begin, false,
+                     [&](int64_t j) { return silu(load(a + j)) * load(u + j); },
+                     [&](int64_t j) { return silu(splat(a[j]))[0] * u[j]; });
         }
         team.meet();
+        const Rows inner = prepare(l.down, act, nullptr, n, m.inner);
+        const Share out = share(C, unit(l.down));
+        linear<true>(l.down, inner, out.begin, out.end, x, C);
+        team.meet();
+    }
+
+    void run() {
+        const int64_t C = m.hidden, H = m.heads, D = m.head_dim, n = rows();
+        const Share mine = share(n, 1);
+        for (int64_t r = mine.begin; r < mine.end; ++r) embed_row(m.embed, ids[r], x + r * C);
+        team.meet();
+        for (int64_t i = 0; i < m.layers; ++i) {
+            const Layer& l = m.layer[i];
+            linears<3>({&l.q, &l.k, &l.v}, prepare(l.q, x, l.input_norm, n, C), qkv,
+                       (H + 2 * m.kv_heads) * D);
+            team.meet();
+            m.cache_bf16 ? attention<bf16>(l) : attention<float>(l);
+            team.meet();
+            const Rows in = prepare(l.o, attended, nullptr, n, H * D);
+            const Share out = share(C, unit(l.o));
+            linear<true>(l.o, in, out.begin, out.end, x, C);
+            team.meet();
+            feed_forward(l, n);
+        }
+        if (outputs) predict();
+    }
+
+    void predict() {
+        const int64_t C = m.hidden, wanted = B * outputs;
         const float* last = x;
-        const int64_t wanted = B * outputs;
-        if (outputs < T) {  // the last token of each row, packed into `attended`'s neighbour `act`
-            const Share some(B, thread, team.size, 1);
+        if (outputs < T) {  // the last token of each row, packed
+            const Share some = share(B, 1);
             for (int64_t b = some.begin; b < some.end; ++b)
                 std::memcpy(up + b * C, x + (b * T + T - 1) * C, C * sizeof(float));
             last = up;
+            team.meet();
         }
-        normalize(m.final_norm, m.head.kind == INT8_DYNAMIC, thread, last, wanted);
-        team.meet();
-        const Share share(m.vocab, thread, team.size, m.head.unit());
-        linear<false>(m.head, activations(h, wanted, C), share.begin, share.end, logits, m.vocab, scratch);
+        const Rows in = prepare(m.head, last, m.final_norm, wanted, C);
+        const Share mine = share(m.vocab, unit(m.head));
+        linear<false>(m.head, in, mine.begin, mine.end, logits, m.vocab);
         if (!argmax) return;
         for (int64_t r = 0; r < wanted; ++r) {
             const float* row = logits + r * m.vocab;
-            int64_t at = share.begin;
-            for (int64_t j = share.begin + 1; j < share.end; ++j)
-                if (row[j] > row[at]) at = j;
-            best[thread * wanted + r] = share.begin < share.end ? row[at] : -INFINITY;
+            float top = -INFINITY;
+            for (int64_t j = mine.begin; j < mine.end; ++j) top = row[j] > top ? row[j] : top;
+            int64_t at = mine.begin;
+            while (at + 1 < mine.end && row[at] != top) ++at;
+            best[thread * wanted + r] = top;
             best_at[thread * wanted + r] = at;
         }
         team.meet();
@@ -316,38 +321,70 @@ struct Step {
     }
 };
 
-// Floats of workspace that `decode_step` needs for this many rows, outputs and threads.
 static int64_t widest(const Model& m) { return std::max({m.hidden, m.inner, m.heads * m.head_dim}); }
-extern "C" int64_t decode_step_workspace(const Model* m, int64_t rows, int64_t threads) {
-    const int64_t width = (m->heads + 2 * m->kv_heads) * m->head_dim, wide = widest(*m);
-    return rows * (4 * wide + width + 2 * wide + wide / 4 + 64) +
-           threads * (BLOCK_ROWS * apart(wide) + 4 * rows + 64) + 1024;
+
+// The buffers of a call, laid out in one workspace; counts its floats when there is none.
+struct Layout {
+    float* base;
+    int64_t used = 0;
+    float *x, *qkv, *attended, *act, *up, *best, *best_at;
+    Buffers shared;
+    Buffers* own;
+    float** scratch;
+    float* take(int64_t n) {
+        float* p = base ? base + used : nullptr;
+        used += (n + 15) / 16 * 16;
+        return p;
+    }
+    Buffers buffers(int64_t rows, int64_t wide) {
+        return {take(rows * apart(wide)), (uint8_t*)take(rows * apart(wide)), take(rows)};
+    }
+    Layout(const Model& m, int64_t B, int64_t T, int64_t threads, float* base, Buffers* own = nullptr,
+           float** scratch = nullptr)
+        : base(base), own(own), scratch(scratch) {
+        const int64_t rows = tall(B * T), wide = widest(m);
+        x = take(rows * m.hidden);
+        qkv = take(rows * (m.heads + 2 * m.kv_heads) * m.head_dim);
+        attended = take(rows * m.heads * m.head_dim);
+        act = take(rows * m.inner);
+        up = take(rows * std::max(m.inner, m.hidden));
+        best = take(threads * rows);
+        best_at = take(2 * threads * rows);
+        shared = buffers(rows, wide);
+        for (int64_t t = 0; t < threads; ++t) {
+            const Buffers mine = buffers(tall(FEW), wide);
+            float* space = take(std::max(BLOCK_ROWS * apart(wide),
+                                         T > MOST_TOKENS ? panel_scratch(rows, wide) : 0));
+            if (own) own[t] = mine, scratch[t] = space;
+        }
+    }
+};
+
+// Floats of workspace that `decode_step` needs for this many rows of tokens and threads.
+extern "C" int64_t decode_step_workspace(const Model* m, int64_t B, int64_t T, int64_t threads) {
+    return Layout(*m, B, T, threads, nullptr).used;
 }
 
+// `steps` > 1 (T and outputs 1): each step's argmax, written after its ids, are the next one's ids.
 // Returns 0, or 1 for a token outside the vocabulary, 2 for a position outside the cache.
 extern "C" int decode_step(const Model* m, const int64_t* ids, const int64_t* positions, int64_t B,
                            int64_t T, float* logits, int64_t* argmax, int64_t outputs,
-                           float* workspace, int threads) {
-    for (int64_t i = 0; i < B * T; ++i) {
+                           float* workspace, int threads, int64_t steps) {
+    for (int64_t i = 0; i < B * T; ++i)
         if (ids[i] < 0 || ids[i] >= m->vocab) return 1;
+    for (int64_t i = 0; i < B * T * steps; ++i)
         if (positions[i] < 0 || positions[i] >= m->slots) return 2;
-    }
-    const int64_t rows = B * T, wide = widest(*m), width = (m->heads + 2 * m->kv_heads) * m->head_dim;
-    float* at = workspace;
-    const auto take = [&](int64_t n) {
-        float* p = at;
-        at += (n + 15) / 16 * 16;
-        return p;
-    };
-    float *x = take(rows * m->hidden), *h = take(rows * m->hidden), *qkv = take(rows * width),
-          *attended = take(rows * m->heads * m->head_dim), *act = take(rows * m->inner),
-          *up = take(rows * std::max(m->inner, m->hidden)), *narrow = take(rows * (wide / 4 + 1)),
-          *scales = take(rows), *best = take(threads * rows), *best_at = take(2 * threads * rows),
-          *scratch = take(threads * BLOCK_ROWS * apart(wide));
+    const std::unique_ptr<Buffers[]> own(new Buffers[threads]);
+    const std::unique_ptr<float*[]> scratch(new float*[threads]);
+    const Layout l(*m, B, T, threads, workspace, own.get(), scratch.get());
     const auto run = [&](int thread, Team& team) {
-        Step step{*m, ids, positions, B, T, logits, argmax, outputs, x, h, qkv, attended, act, up,
-                  (uint8_t*)narrow, scales, team, best, (int64_t*)best_at};
-        step.run(thread, scratch + thread * BLOCK_ROWS * apart(wide));
+        for (int64_t i = 0; i < steps; ++i) {
+            Step{*m, ids + i * B * T, positions + i * B * T, B, T, logits,
+                 argmax ? argmax + i * B : nullptr, outputs, l.x, l.qkv, l.attended, l.act, l.up,
+                 l.shared, own[thread], scratch[thread], team, thread, l.best,
+                 (int64_t*)l.best_at}.run();
+            if (i + 1 < steps) team.meet();
+        }
     };
     if (threads <= 1) {
         Team team(1);

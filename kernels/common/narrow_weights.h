@@ -1,0 +1,115 @@
+// fp32 activations times weights of one or two bytes, at the rate at which a cache gives the weights:
+// the activations are arranged once so that widening a weight takes no shuffle, or none at all.
+#pragma once
+#include "dot.h"
+
+// ---- bf16 weights: the two halves of a word are two floats -----------------------------------
+// A row of x stands in blocks of 2 LANES, those with even index first; padded with zeros to whole
+// blocks.  A shift makes floats of a word's lower half, a mask of its upper: instructions that leave
+// the multipliers alone, where a widening load keeps the shuffle unit busy for two cycles.
+struct DotHalves : Plain {
+    struct Vector { f32v even, odd; };
+    using X = float;
+    using Sum = f32v;
+    using Total = float;
+    static constexpr int STEP = 2 * LANES;
+    static constexpr bool PADDED = true;
+    static constexpr int MOST = LANES == 16 ? 4 : 2;
+    static constexpr int WIDEN_ONCE = 1 << 30;
+    static Vector widen(const float* x) { return {load(x), load(x + LANES)}; }
+    static Vector widen(const bf16* p) {
+        const u32v pairs = load_as<u32v>(p);
+        return {(f32v)(pairs << 16), (f32v)(pairs & 0xffff0000)};
+    }
+    static f32v mac(f32v acc, const Vector& x, const Vector& w) {
+        return fma(x.odd, w.odd, fma(x.even, w.even, acc));
+    }
+};
+
+inline void split_halves(const float* from, int64_t K, float* to) {
+    i32v even, odd;
+    for (int i = 0; i < LANES; ++i) even[i] = 2 * i, odd[i] = 2 * i + 1;
+    for (int64_t k = 0; k < K; k += 2 * LANES) {
+        float padded[2 * LANES] = {};
+        const float* x = from + k;
+        if (k + 2 * LANES > K) x = (float*)std::memcpy(padded, x, (K - k) * sizeof(float));
+        const f32v a = load(x), b = load(x + LANES);
+        store(to + k, __builtin_shuffle(a, b, even));
+        store(to + k + LANES, __builtin_shuffle(a, b, odd));
+    }
+}
+
+// ---- int8 weights: activations of 24 bits, as three bytes -------------------------------------
+#if defined(__AVX512VNNI__)
+// x = scale * (n - 2^23) with whole n < 2^24: as exact, for the largest of a row, as fp32 itself.
+// Each byte of n meets the weights in an instruction that multiplies 64 of them, which leaves
+// nothing to widen: 3 instructions for 64 weights, where floats take 4 and as many conversions.
+// A row of x stands in blocks of 64: the upper bytes, the middle ones, the lower ones.
+struct DotBytes : Plain {
+    struct Vector { __m512i upper, middle, lower; };
+    struct Sum { i32v upper, middle, lower; };
+    struct Total { int32_t upper; float rest; };  // 65536 * upper + rest, upper as n >> 16
+    using X = uint8_t;
+    static constexpr int STEP = 64, PLANES = 3, MOST = 2, WIDEN_ONCE = 1 << 30;
+    static constexpr bool PADDED = true;
+    static Vector widen(const uint8_t* x) {
+        return {load_as<__m512i>(x), load_as<__m512i>(x + 64), load_as<__m512i>(x + 128)};
+    }
+    static __m512i widen(const int8_t* p) { return load_as<__m512i>(p); }
+    static Sum mac(const Sum& acc, const Vector& x, __m512i w) {
+        return {(i32v)_mm512_dpbusd_epi32((__m512i)acc.upper, x.upper, w),
+                (i32v)_mm512_dpbusd_epi32((__m512i)acc.middle, x.middle, w),
+                (i32v)_mm512_dpbusd_epi32((__m512i)acc.lower, x.lower, w)};
+    }
+    // x . w, given the sum of the weights: what was added to n counts 128 in its upper byte
+    static float value(const Total& t, int32_t weights, float scale) {
+        return (float(t.upper - 128 * weights) * 65536.f + t.rest) * scale;
+    }
+};
+inline void lanes_sums(const DotBytes::Sum (&v)[TILE_ROWS], DotBytes::Total* out) {
+    i32v upper[TILE_ROWS];
+    f32v rest[TILE_ROWS];
+    unrolled<TILE_ROWS>([&](auto r) INLINED {
+        upper[r] = v[r].upper;
+        rest[r] = fma(__builtin_convertvector(v[r].middle, f32v), splat(256.f),
+                      __builtin_convertvector(v[r].lower, f32v));
+    });
+    int32_t whole[TILE_ROWS];
+    float part[TILE_ROWS];
+    lanes_sums(upper, whole);
+    lanes_sums(rest, part);
+    for (int r = 0; r < TILE_ROWS; ++r) out[r] = {whole[r], part[r]};
+}
+
+// to: 3 bytes per activation, K rounded up to 64; a row with NaN or infinity has the scale NaN.
+inline void split_bytes(const float* from, int64_t K, uint8_t* to, float* scale) {
+    f32v most = {}, poison = {};  // 0 * NaN and 0 * infinity are NaN
+    const auto block = [&](int64_t k) INLINED {
+        if (k + LANES <= K) return load(from + k);
+        float padded[LANES] = {};
+        if (k < K) std::memcpy(padded, from + k, (K - k) * sizeof(float));
+        return load(padded);
+    };
+    for (int64_t k = 0; k < K; k += LANES) {
+        const f32v v = block(k);
+        most = larger(most, larger(v, -v));
+        poison += v * 0.f;
+    }
+    const float top = maximum(most);
+    const bool finite = sum(poison) == 0;
+    constexpr float MOST = 8388600.f;  // its products may be rounded up and stay below 2^23
+    const bool some = top > 1e-30f;    // of less, no inverse is finite
+    *scale = !finite ? NAN : some ? top / MOST : 1.f;
+    const float inverse = finite && some ? MOST / top : 0.f;
+    for (int64_t k = 0; k < K; k += 64)
+        for (int64_t i = 0; i < 64; i += LANES) {
+            const f32v v = finite ? block(k + i) : f32v{};
+            const __m512i n = _mm512_add_epi32(_mm512_cvtps_epi32((__m512)(v * inverse)),
+                                               _mm512_set1_epi32(1 << 23));
+            uint8_t* at = to + 3 * k + i;
+            _mm_storeu_si128((__m128i*)at, _mm512_cvtepi32_epi8(_mm512_srli_epi32(n, 16)));
+            _mm_storeu_si128((__m128i*)(at + 64), _mm512_cvtepi32_epi8(_mm512_srli_epi32(n, 8)));
+            _mm_storeu_si128((__m128i*)(at + 128), _mm512_cvtepi32_epi8(n));
+        }
+}
+#endif

@@ -1,0 +1,109 @@
+// Products of many rows of activations (a prompt) with row-major weights: a panel of up to 64
+// outputs is turned over, widened on the way, and met from the second-level cache by six rows at a
+// time.  Sums stand in other orders than in dot.h; the weights are read once, and never repacked.
+#pragma once
+#include "int4.h"
+#include "softmax.h"
+
+#if defined(__AVX512VNNI__)
+struct Quads {  // four int8 of weights, four x + 128: exact sums, int32 in the lanes of a float
+    static constexpr int PER_WORD = 4;
+    static f32v mac(f32v acc, Word a, word_v b) {
+        return (f32v)_mm512_dpbusd_epi32((__m512i)acc, _mm512_set1_epi32(int(a)), (__m512i)b);
+    }
+};
+#endif
+
+typedef Word word4 __attribute__((vector_size(16)));
+
+// Four words of a row of weights, as the products want them.
+inline word4 words(Singles, const float* p) { return load_as<word4>(p); }
+inline word4 words(Singles, const bf16* p) {
+    typedef uint16_t half4 __attribute__((vector_size(8)));
+    return __builtin_convertvector(load_as<half4>(p), word4) << 16;
+}
+inline word4 words(Singles, const int8_t* p) {
+    typedef int8_t byte4 __attribute__((vector_size(4)));
+    typedef float float4 __attribute__((vector_size(16)));
+    return (word4)__builtin_convertvector(load_as<byte4>(p), float4);
+}
+#if defined(__AVX512BF16__)
+inline word4 words(Pairs, const bf16* p) { return load_as<word4>(p); }
+inline word4 words(Pairs, const int8_t* p) {  // every int8 is a bf16
+    const __m256 wide = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+    return (word4)_mm256_cvtneps_pbh(wide);
+}
+#endif
+#if defined(__AVX512VNNI__)
+inline word4 words(Quads, const int8_t* p) { return load_as<word4>(p); }
+#endif
+
+// panel[w][n] = words [w0, w1) of rows n0 + n of w, for n < PANEL; rows past n1 repeat the last.
+template <class F, class W>
+inline void turn(const W* w, int64_t K, int64_t n0, int64_t n1, int64_t w0, int64_t w1, Word* panel) {
+    constexpr int PER = F::PER_WORD;
+    for (int64_t n = 0; n < PANEL && n0 + n < n1; n += 4) {
+        const W* rows[4];
+        for (int i = 0; i < 4; ++i) rows[i] = w + std::min(n0 + n + i, n1 - 1) * K;
+        for (int64_t at = w0; at < w1; at += 4) {
+            word4 r[4];
+            for (int i = 0; i < 4; ++i) {
+                W padded[4 * PER] = {};
+                const W* p = rows[i] + at * PER;
+                if ((at + 4) * PER > K) p = (W*)std::memcpy(padded, p, (K - at * PER) * sizeof(W));
+                r[i] = words(F(), p);
+            }
+            transpose((Word*)r, 4, 4, 4, panel + (at - w0) * PANEL + n, PANEL);
+        }
+    }
+}
+
+// The same of int4 weights: sixteen outputs already stand side by side.
+inline void turn(const Int4& w, int64_t n0, int64_t n1, int64_t w0, int64_t w1, Word* panel) {
+    for (int64_t n = 0; n < PANEL && n0 + n < n1; n += LANES) {
+        const int64_t block = (n0 + n) / SIDE, side = (n0 + n) % SIDE;
+        const uint32_t* p = w.block(block) + side;
+        const bf16* scale = w.scales(block) + side;
+        for (int64_t k = w0; k < w1; ++k) {
+            const uint32_t nibble = k % 2 * 4 + k % 8 / 2;  // where input k of eight stands
+            const u32v v = load_as<u32v>(p + k / 8 * SIDE) >> (4 * nibble) & 15;
+            const f32v q = __builtin_convertvector((i32v)v, f32v) - 8.f;
+            store((float*)panel + (k - w0) * PANEL + n, q * load(scale + k / w.group * SIDE));
+        }
+    }
+}
+
+constexpr int64_t PANEL_WORDS = 2048;  // of the summed dimension in a panel: half a megabyte
+constexpr int64_t tall(int64_t M) { return (M + TALL - 1) / TALL * TALL; }
+// Words of scratch of `panel_rows` for M rows of x of this many words.
+constexpr int64_t panel_scratch(int64_t M, int64_t words) {
+    return (words + 4 + tall(M)) * PANEL;
+}
+
+// done(m, n, count, sums) for rows m < M of x and runs of outputs in n0 <= n < n1: sums[i] is
+// x row m . weights of output n + i.  x stands in rows of `words` words, x_stride apart, tall(M) of
+// them readable; fill(first output, past the last, first word, past the last, panel) turns weights.
+template <class F, class Fill, class Done>
+inline void panel_rows(const Word* x, int64_t x_stride, int64_t M, int64_t words, int64_t n0,
+                       int64_t n1, Word* scratch, Fill fill, Done done) {
+    // sums of whole numbers are not to be multiplied by a factor: all their words in one panel
+    const int64_t most = F::PER_WORD == 4 ? words : PANEL_WORDS;
+    float *sums = (float*)scratch, keep[TALL];
+    for (int i = 0; i < TALL; ++i) keep[i] = 1.f;
+    Word* panel = scratch + tall(M) * PANEL;
+    for (int64_t n = n0; n < n1; n += PANEL) {
+        const int64_t count = std::min<int64_t>(PANEL, n1 - n);
+        const int64_t columns = (count + LANES - 1) / LANES * LANES;
+        for (int64_t w0 = 0; w0 < words; w0 += most) {
+            const int64_t w1 = std::min(w0 + most, words);
+            fill(n, n1, w0, w1, panel);
+            for (int64_t m = 0; m < M; m += TALL) {
+                const Word* rows = x + m * x_stride + w0;
+                float* to = sums + m * PANEL;
+                if (w0) tiles<F, true>(rows, x_stride, panel, PANEL, w1 - w0, to, PANEL, columns, keep);
+                else tiles<F, false>(rows, x_stride, panel, PANEL, w1 - w0, to, PANEL, columns, keep);
+            }
+        }
+        for (int64_t m = 0; m < M; ++m) done(m, n, count, sums + m * PANEL);
+    }
+}
