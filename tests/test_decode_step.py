@@ -149,6 +149,42 @@ def test_int4_weights_are_read_as_they_are(shape, level):
     assert (got - expected).norm() <= 32 * torch.finfo().eps * expected.norm()
 
 
+def prompt_model(kind):
+    """A model whose sizes fill no panel, with weights of this kind, and the tolerance of its logits."""
+    fp32 = 64 * torch.finfo().eps  # sums of a prompt stand in another order
+    if kind == "int4":
+        return quantized_to_int4(decoder(intermediate_size=160)), fp32
+    model = decoder(**SHAPES["odd"] | {"mlp_bias": True})
+    if kind == "bf16":  # weights rounded beforehand; activations are rounded in the prompt alone
+        return model.to(torch.bfloat16), 2e-2
+    if kind == "fp32":
+        return model, fp32
+    # an activation on the edge between two int8 values may fall either way: 1/127 of one input
+    return quantized(model, kind == "int8_dynamic"), 2e-2 if kind == "int8_dynamic" else fp32
+
+
+@pytest.mark.parametrize("level", ISAS)
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8", "int8_dynamic", "int4"])
+@torch.inference_mode()
+def test_prompts_have_the_logits_of_the_decoder(kind, level, monkeypatch):
+    if level not in build.isas():
+        pytest.skip(f"needs {level}; this processor's best is {build.isas()[0]}")
+    from kernels import decode_step
+
+    model, tolerance = prompt_model(kind)
+    ids = torch.randint(0, 300, (2, 45), generator=torch.Generator().manual_seed(1))
+    dtype = model.norm.weight.dtype
+    ours, theirs = (KVCache(model.config, 2, 64, dtype) for _ in range(2))
+    with build.isa(level):
+        step = DecodeStep(model)
+        got = steps(step, ids, [1, 37, 1, 6], ours)
+        monkeypatch.setattr(decode_step, "MOST_ROWS", 40)  # 20 tokens of each row at once
+        parts = step(ids, 0, KVCache(model.config, 2, 64, dtype), last_only=True)
+    expected = steps(model, ids, [1, 37, 1, 6], theirs)
+    assert (got - expected).norm() <= tolerance * expected.norm()
+    assert (parts - got[:, -1:]).norm() <= tolerance * got[:, -1:].norm()
+
+
 @torch.inference_mode()
 def test_int4_steps_have_the_same_bits_in_any_grouping(monkeypatch):
     model = quantized_to_int4(decoder(intermediate_size=160))
@@ -200,6 +236,7 @@ def test_greedy_generation_takes_the_largest_logit():
     tokens = step.generate(first, 0, 10, cache, seen.append)
     ids = torch.cat((first, tokens), 1)
     assert torch.equal(tokens, torch.cat(seen, 1))
+    assert torch.equal(tokens, step.generate(first, 0, 10, cache))  # all steps in one call
     for i in range(10):
         assert torch.equal(step(ids[:, i : i + 1], i, other)[:, 0].argmax(-1), tokens[:, i])
 
@@ -212,6 +249,8 @@ def test_bad_input_is_one_sentence():
         step(one * 100, 0, cache)
     with pytest.raises(KernelError, match="outside the cache of 8 slots"):
         step(one, 8, cache)
+    with pytest.raises(KernelError, match="outside the cache of 8 slots"):
+        step.generate(one, 0, 9, cache)
     with pytest.raises(KernelError, match="holds 1 rows, the ids have 2"):
         step(torch.tensor([[3], [4]]), 0, cache)
     with pytest.raises(KernelError, match="not to Other"):
@@ -252,7 +291,7 @@ def test_the_technique_gives_the_same_tokens_and_proves_itself():
     drawn = Sampling(temperature=1.0, seed=3)
     assert torch.equal(fused.generate(ids, 12, drawn), lean.generate(ids, 12, drawn))
     effect = TECHNIQUES["decode_step"].effect
-    assert "11 fused steps" in effect(fused, lambda: fused.generate(ids, 12))
+    assert "12 fused steps" in effect(fused, lambda: fused.generate(ids, 12))
     with pytest.raises(NotEngaged, match="no fused step"):
         effect(lean, lambda: lean.generate(ids, 12))
     lean.stats["fused_steps"] = 0

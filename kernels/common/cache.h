@@ -16,32 +16,6 @@ constexpr int64_t CHUNK = 512;  // keys of a unit of work
 constexpr int64_t BLOCK = 64;   // keys whose scores are held at once; a multiple of LANES
 constexpr int64_t AHEAD = 2 * 16;  // keys between the one that is read and the one that is fetched
 
-// lane i of the result is the sum of the lanes of v[i]
-inline f32v sums(const f32v (&v)[LANES]) {
-#if defined(__AVX512F__)
-    __m512 pair[8], four[4], half[2];
-    unrolled<8>([&](auto i) INLINED {
-        const __m512 a = (__m512)v[2 * i], b = (__m512)v[2 * i + 1];
-        pair[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-    });
-    unrolled<4>([&](auto i) INLINED {
-        const __m512d a = _mm512_castps_pd(pair[2 * i]), b = _mm512_castps_pd(pair[2 * i + 1]);
-        four[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
-                                _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
-    });
-    const auto fold = [](__m512 a, __m512 b) INLINED {
-        return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
-    };
-    half[0] = fold(four[0], four[1]);
-    half[1] = fold(four[2], four[3]);
-    return (f32v)fold(half[0], half[1]);
-#else
-    f32v all;
-    for (int i = 0; i < LANES; ++i) all[i] = sum(v[i]);
-    return all;
-#endif
-}
-
 // A query row's state over one chunk, and where it ends up: out (wide) before division by total.
 struct Partial {
     float top, total;

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <sched.h>
 #include "int4.h"
+#include "softmax.h"
 
 enum Kind : int32_t { FP32, BF16, INT8, INT8_DYNAMIC, INT4 };
 
@@ -73,6 +74,45 @@ static void rotate(float* x, const float* cos, const float* sin, int64_t D) {
     }
 }
 
+// out (D) = out * shrink + sum over n keys of weight * value
+template <class T>
+static void weigh(const float* weight, const T* values, int64_t n, int64_t D, float shrink, float* out) {
+    int64_t d = 0;
+    for (; d + 4 * LANES <= D; d += 4 * LANES) {
+        f32v acc[4];
+        unrolled<4>([&](auto u) INLINED { acc[u] = load(out + d + u * LANES) * shrink; });
+        for (int64_t i = 0; i < n; ++i) {
+            const f32v w = splat(weight[i]);
+            unrolled<4>([&](auto u) INLINED {
+                acc[u] = fma(w, load(values + i * D + d + u * LANES), acc[u]);
+            });
+        }
+        unrolled<4>([&](auto u) INLINED { store(out + d + u * LANES, acc[u]); });
+    }
+    for (; d < D; ++d) {
+        float acc = out[d] * shrink;
+        for (int64_t i = 0; i < n; ++i) acc += weight[i] * to_float(values[i * D + d]);
+        out[d] = acc;
+    }
+}
+
+// Scores of `count` <= LANES keys (D apart), side by side in the lanes of the result.
+template <class T> static f32v scores(const float* q, const T* keys, int64_t count, int64_t D) {
+    f32v acc[LANES] = {};
+    const T* key[LANES];  // those past the last repeat it
+    for (int64_t i = 0; i < LANES; ++i) key[i] = keys + (i < count ? i : count - 1) * D;
+    int64_t d = 0;
+    for (; d + LANES <= D; d += LANES) {
+        const f32v one = load(q + d);
+        unrolled<LANES>([&](auto i) INLINED { acc[i] = fma(one, load(key[i] + d), acc[i]); });
+    }
+    if (d < D) {
+        const f32v one = widen_tail<Fma>(q + d, D - d);
+        for (int i = 0; i < LANES; ++i) acc[i] = fma(one, widen_tail<Fma>(key[i] + d, D - d), acc[i]);
+    }
+    return sums(acc);
+}
+
 // out (D) = softmax(q . keys[first .. last]) values, keys in blocks so that the sums of a query
 // depend on its own position only.
 template <class T>
@@ -83,34 +123,31 @@ static void attend(const float* q, const T* keys, const T* values, int64_t first
     for (int64_t d = 0; d < D; ++d) out[d] = 0;
     for (int64_t s = first; s <= last; s += BLOCK) {
         const int64_t n = last + 1 - s < BLOCK ? last + 1 - s : BLOCK;
-        dot_rows<Fma, T, 1>(q, D, keys + s * D, D, 0, n, D, true,
-                            [&](int64_t i, int64_t, float v) { score[i] = v; });
-        float most = top;
-        for (int64_t i = 0; i < n; ++i) most = score[i] > most ? score[i] : most;
-        const float shrink = exponential(top - most);
-        top = most;
-        for (int64_t i = n; i < BLOCK; ++i) score[i] = -INFINITY;
+        f32v most = splat(top);
+        for (int64_t i = 0; i < n; i += LANES) {
+            store(score + i, scores(q, keys + (s + i) * D, n - i < LANES ? n - i : LANES, D));
+            for (int64_t past = n; past < i + LANES; ++past) score[past] = -INFINITY;
+            most = larger(load(score + i), most);
+        }
+        const float now = largest(most), shrink = exponential(top - now);
+        top = now;
         f32v part = {};
-        for (int64_t i = 0; i < BLOCK; i += LANES) {
+        for (int64_t i = 0; i < n; i += LANES) {
             const f32v p = exponential(load(score + i) - top);
             store(score + i, p);
             part += p;
         }
         total = total * shrink + sum(part);
-        int64_t d = 0;
-        for (; d + 4 * LANES <= D; d += 4 * LANES) {
-            f32v acc[4];
-            for (int u = 0; u < 4; ++u) acc[u] = load(out + d + u * LANES) * shrink;
-            for (int64_t i = 0; i < n; ++i)
-                for (int u = 0; u < 4; ++u) acc[u] = fma(splat(score[i]), load(values + (s + i) * D + d + u * LANES), acc[u]);
-            for (int u = 0; u < 4; ++u) store(out + d + u * LANES, acc[u]);
-        }
-        for (; d < D; ++d) {
-            float acc = out[d] * shrink;
-            for (int64_t i = 0; i < n; ++i) acc += score[i] * to_float(values[(s + i) * D + d]);
-            out[d] = acc;
-        }
+        weigh(score, values + s * D, n, D, shrink, out);
     }
     for (int64_t d = 0; d < D; ++d) out[d] /= total;
 }
 
+static float greatest(const float* row, int64_t begin, int64_t end) {
+    f32v most = splat(-INFINITY);
+    int64_t i = begin;
+    for (; i + LANES <= end; i += LANES) most = larger(load(row + i), most);
+    float top = largest(most);
+    for (; i < end; ++i) top = row[i] > top ? row[i] : top;
+    return top;
+}

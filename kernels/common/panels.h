@@ -6,10 +6,11 @@
 #include "softmax.h"
 
 #if defined(__AVX512VNNI__)
-struct Quads {  // four int8 of weights, four x + 128: exact sums, int32 in the lanes of a float
+struct Quads {  // four int8 of weights, four x + 128: exact sums, their bits in place of floats
+    using Sum = i32v;
     static constexpr int PER_WORD = 4;
-    static f32v mac(f32v acc, Word a, word_v b) {
-        return (f32v)_mm512_dpbusd_epi32((__m512i)acc, _mm512_set1_epi32(int(a)), (__m512i)b);
+    static i32v mac(i32v acc, Word a, word_v b) {
+        return (i32v)_mm512_dpbusd_epi32((__m512i)acc, _mm512_set1_epi32(int(a)), (__m512i)b);
     }
 };
 #endif
@@ -22,11 +23,6 @@ inline word4 words(Singles, const bf16* p) {
     typedef uint16_t half4 __attribute__((vector_size(8)));
     return __builtin_convertvector(load_as<half4>(p), word4) << 16;
 }
-inline word4 words(Singles, const int8_t* p) {
-    typedef int8_t byte4 __attribute__((vector_size(4)));
-    typedef float float4 __attribute__((vector_size(16)));
-    return (word4)__builtin_convertvector(load_as<byte4>(p), float4);
-}
 #if defined(__AVX512BF16__)
 inline word4 words(Pairs, const bf16* p) { return load_as<word4>(p); }
 inline word4 words(Pairs, const int8_t* p) {  // every int8 is a bf16
@@ -34,9 +30,10 @@ inline word4 words(Pairs, const int8_t* p) {  // every int8 is a bf16
     return (word4)_mm256_cvtneps_pbh(wide);
 }
 #endif
-#if defined(__AVX512VNNI__)
-inline word4 words(Quads, const int8_t* p) { return load_as<word4>(p); }
-#endif
+struct Bytes {  // four int8 of weights, as they are
+    static constexpr int PER_WORD = 4;
+};
+inline word4 words(Bytes, const int8_t* p) { return load_as<word4>(p); }
 
 // panel[w][n] = words [w0, w1) of rows n0 + n of w, for n < PANEL; rows past n1 repeat the last.
 template <class F, class W>
@@ -55,6 +52,26 @@ inline void turn(const W* w, int64_t K, int64_t n0, int64_t n1, int64_t w0, int6
             }
             transpose((Word*)r, 4, 4, 4, panel + (at - w0) * PANEL + n, PANEL);
         }
+    }
+}
+
+// The same of int8 weights for floats: four inputs are turned as one word, then widened.
+inline void turn_wide(const int8_t* w, int64_t K, int64_t n0, int64_t n1, int64_t w0, int64_t w1,
+                      Word* panel) {
+    constexpr int64_t SOME = 32;  // words at once
+    Word four[SOME * PANEL];
+    const int64_t end = (w1 + 3) / 4, columns = std::min<int64_t>(PANEL, (n1 - n0 + LANES - 1) / LANES * LANES);
+    for (int64_t at = w0 / 4; at < end; at += SOME) {
+        const int64_t to = std::min(at + SOME, end);
+        turn<Bytes>(w, K, n0, n1, at, to, four);
+        for (int64_t q = at; q < to; ++q)
+            for (int64_t n = 0; n < columns; n += LANES) {
+                const word_v v = load_as<word_v>(four + (q - at) * PANEL + n);
+                Word* out = panel + (4 * q - w0) * PANEL + n;
+                for (int i = 0; i < 4; ++i)  // panels have room for the words that fill the last one
+                    store((float*)(out + i * PANEL),
+                          __builtin_convertvector((i32v)(v << (24 - 8 * i)) >> 24, f32v));
+            }
     }
 }
 

@@ -72,7 +72,17 @@ inline void from_float(f16* to, float x) {
 }
 
 // ---- a vector --------------------------------------------------------------------------------
-inline f32v splat(float x) { return f32v{} + x; }
+inline f32v splat(float x) {  // adding to zeros would be an addition, for the sake of -0
+#if defined(__AVX512F__)
+    return (f32v)_mm512_set1_ps(x);
+#elif defined(__AVX2__)
+    return (f32v)_mm256_set1_ps(x);
+#elif defined(__SSE2__)
+    return (f32v)_mm_set1_ps(x);
+#else
+    return f32v{} + x;
+#endif
+}
 inline f32v load(const float* p) { return load_as<f32v>(p); }
 inline void store(float* p, f32v v) { std::memcpy(p, &v, sizeof v); }
 
@@ -133,17 +143,36 @@ inline f32v fma(f32v a, f32v b, f32v c) {
     return a * b + c;
 #endif
 }
-inline float sum(f32v v) {  // pairwise, in a fixed order
+#if defined(__AVX__)
+inline float sum_of_four(__m128 v) {
+    const __m128 two = _mm_add_ps(v, _mm_movehl_ps(v, v));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
+inline float sum_of_eight(__m256 v) {
+    return sum_of_four(_mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)));
+}
+#endif
+inline float sum(f32v v) {  // pairwise, in a fixed order: halves are added until one lane is left
+#if defined(__AVX512F__)
+    return sum_of_eight(_mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1)));
+#elif defined(__AVX2__)
+    return sum_of_eight((__m256)v);
+#else
     float lane[LANES];
     std::memcpy(lane, &v, sizeof v);
     for (int half = LANES / 2; half; half /= 2)
         for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
     return lane[0];
+#endif
 }
 inline float maximum(f32v v) {  // NaN if a lane is
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q) ? NAN : _mm512_reduce_max_ps((__m512)v);
+#else
     float m = v[0];
     for (int i = 1; i < LANES; ++i) m = v[i] > m || v[i] != v[i] ? v[i] : m;
     return m;
+#endif
 }
 inline f32v choose(i32v mask, f32v yes, f32v no) {
     return (f32v)((mask & (i32v)yes) | (~mask & (i32v)no));

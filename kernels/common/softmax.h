@@ -39,12 +39,39 @@ inline float largest(f32v v) {  // of numbers, or of numbers and -infinity
 #endif
 }
 
+// lane i of the result is the sum of the lanes of v[i]
+inline f32v sums(const f32v (&v)[LANES]) {
+#if defined(__AVX512F__)
+    __m512 pair[8], four[4], half[2];
+    unrolled<8>([&](auto i) INLINED {
+        const __m512 a = (__m512)v[2 * i], b = (__m512)v[2 * i + 1];
+        pair[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    });
+    unrolled<4>([&](auto i) INLINED {
+        const __m512d a = _mm512_castps_pd(pair[2 * i]), b = _mm512_castps_pd(pair[2 * i + 1]);
+        four[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
+                                _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    });
+    const auto fold = [](__m512 a, __m512 b) INLINED {
+        return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    };
+    half[0] = fold(four[0], four[1]);
+    half[1] = fold(four[2], four[3]);
+    return (f32v)fold(half[0], half[1]);
+#else
+    f32v all;
+    for (int i = 0; i < LANES; ++i) all[i] = sum(v[i]);
+    return all;
+#endif
+}
+
 // A block's operands are arrays of 32-bit words: a float, or a pair of bf16 that neighbour one
 // another in the summed dimension.
 using Word = uint32_t;
 typedef Word word_v __attribute__((vector_size(4 * LANES)));
 
 struct Singles {
+    using Sum = f32v;
     static constexpr int PER_WORD = 1;
     static f32v mac(f32v acc, Word a, word_v b) {
         return fma(splat(bit_cast<float>(a)), (f32v)b, acc);
@@ -56,6 +83,7 @@ struct Singles {
 };
 #if defined(__AVX512BF16__)
 struct Pairs {  // exact products, summed in fp32
+    using Sum = f32v;
     static constexpr int PER_WORD = 2;
     static f32v mac(f32v acc, Word a, word_v b) {
         return (f32v)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(int(a)), (__m512bh)b);
@@ -75,11 +103,11 @@ constexpr int TALL = 6;  // its rows: TALL * VECS sums, one row of b and one wor
 template <class F, int V, bool KEEP>
 INLINED inline void tile(const Word* a, int64_t a_stride, const Word* b, int64_t b_stride,
                          int64_t words, float* c, int64_t c_stride, const float* keep) {
-    f32v acc[TALL][V];
+    typename F::Sum acc[TALL][V];
     unrolled<TALL>([&](auto r) INLINED {
         unrolled<V>([&](auto v) INLINED {
-            if constexpr (KEEP) acc[r][v] = load(c + r * c_stride + v * LANES) * keep[r];
-            else acc[r][v] = f32v{};
+            if constexpr (KEEP) acc[r][v] = (typename F::Sum)(load(c + r * c_stride + v * LANES) * keep[r]);
+            else acc[r][v] = typename F::Sum{};
         });
     });
     for (int64_t w = 0; w < words; ++w) {
@@ -91,7 +119,7 @@ INLINED inline void tile(const Word* a, int64_t a_stride, const Word* b, int64_t
         });
     }
     unrolled<TALL>([&](auto r) INLINED {
-        unrolled<V>([&](auto v) INLINED { store(c + r * c_stride + v * LANES, acc[r][v]); });
+        unrolled<V>([&](auto v) INLINED { store(c + r * c_stride + v * LANES, (f32v)acc[r][v]); });
     });
 }
 

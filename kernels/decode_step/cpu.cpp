@@ -58,7 +58,7 @@ static void step_linear(const Linear& l, const Rows& x, int64_t n0, int64_t n1, 
 #if defined(__AVX512VNNI__)
     case INT8:
         return run(DotBytes(), x.bytes, (const int8_t*)l.w,
-                   [&](int64_t n, int64_t m, const DotBytes::Total& v) {
+                   [&](int64_t n, int64_t m, double v) {
                        scaled(n, m, DotBytes::value(v, l.sums[n], x.scale[m]));
                    });
     case INT8_DYNAMIC:
@@ -90,6 +90,9 @@ static void prompt_linear(const Linear& l, const Rows& x, int64_t n0, int64_t n1
             turn<decltype(f)>(w, k, n0, n1, w0, w1, panel);
         };
     };
+    const auto wide_int8 = [&](int64_t n0, int64_t n1, int64_t w0, int64_t w1, Word* panel) {
+        turn_wide((const int8_t*)l.w, l.k, n0, n1, w0, w1, panel);
+    };
     const auto plain = [](int64_t, int64_t, const float* v) { return *v; };
     const auto scaled = [&](int64_t n, int64_t, const float* v) { return *v * l.scale[n]; };
     const auto both = [&](int64_t n, int64_t m, const float* v) { return *v * (x.scale[m] * l.scale[n]); };
@@ -103,16 +106,16 @@ static void prompt_linear(const Linear& l, const Rows& x, int64_t n0, int64_t n1
 #endif
 #if defined(__AVX512VNNI__)
     if (x.form == QUANTIZED)
-        return run(Quads(), x.bytes, x.stride, rows_of(Quads(), (const int8_t*)l.w),
+        return run(Quads(), x.bytes, x.stride, rows_of(Bytes(), (const int8_t*)l.w),
                    [&](int64_t n, int64_t m, const float* v) {
                        return float(bit_cast<int32_t>(*v) - 128 * l.sums[n]) * (x.scale[m] * l.scale[n]);
                    });
 #else
-    if (x.form == QUANTIZED) return run(Singles(), x.wide, wide, rows_of(Singles(), (const int8_t*)l.w), both);
+    if (x.form == QUANTIZED) return run(Singles(), x.wide, wide, wide_int8, both);
 #endif
     if (l.kind == FP32) return run(Singles(), x.wide, wide, rows_of(Singles(), (const float*)l.w), plain);
     if (l.kind == BF16) return run(Singles(), x.wide, wide, rows_of(Singles(), (const bf16*)l.w), plain);
-    if (l.kind == INT8) return run(Singles(), x.wide, wide, rows_of(Singles(), (const int8_t*)l.w), scaled);
+    if (l.kind == INT8) return run(Singles(), x.wide, wide, wide_int8, scaled);
     const Int4 w{(const uint32_t*)l.w, (const bf16*)l.scale, l.k, l.group};
     run(Singles(), x.wide, wide, [&](int64_t n0, int64_t n1, int64_t w0, int64_t w1, Word* panel) {
         turn(w, n0, n1, w0, w1, panel);
@@ -303,8 +306,7 @@ struct Step {
         if (!argmax) return;
         for (int64_t r = 0; r < wanted; ++r) {
             const float* row = logits + r * m.vocab;
-            float top = -INFINITY;
-            for (int64_t j = mine.begin; j < mine.end; ++j) top = row[j] > top ? row[j] : top;
+            const float top = greatest(row, mine.begin, mine.end);
             int64_t at = mine.begin;
             while (at + 1 < mine.end && row[at] != top) ++at;
             best[thread * wanted + r] = top;
