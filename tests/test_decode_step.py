@@ -150,7 +150,7 @@ def test_int4_weights_are_read_as_they_are(shape, level):
 
 
 def prompt_model(kind):
-    """A model whose sizes fill no panel, with weights of this kind, and the tolerance of its logits."""
+    """A model whose sizes fill no panel, its weights of this kind; its logits' tolerance."""
     fp32 = 64 * torch.finfo().eps  # sums of a prompt stand in another order
     if kind == "int4":
         return quantized_to_int4(decoder(intermediate_size=160)), fp32

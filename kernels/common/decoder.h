@@ -8,10 +8,10 @@
 
 enum Kind : int32_t { FP32, BF16, INT8, INT8_DYNAMIC, INT4 };
 
-struct Linear {  // w (n, k) row-major; scale (n,) fp32 for int8
-    const void* w;         // INT4: w and scale as in int4.h
+struct Linear {     // w (n, k) row-major; scale (n,) fp32 for int8
+    const void* w;  // INT4: w and scale as in int4.h
     const float *scale, *bias;
-    const int32_t* sums;   // of the rows of int8 weights
+    const int32_t* sums;  // of the rows of int8 weights
     int64_t n, k;
     int64_t kind, group;
     int64_t unit() const { return kind == INT4 ? SIDE : TILE_ROWS; }  // outputs that stay together
@@ -58,8 +58,9 @@ public:
 static void embed_row(const Linear& e, int64_t id, float* to) {
     const int64_t C = e.k;
     const auto fill = [&](auto* row, float scale) {
-        fill_row(to, C, false, [&](int64_t i) { return load(row + i) * scale; },
-                 [&](int64_t i) { return to_float(row[i]) * scale; });
+        fill_row(
+            to, C, false, [&](int64_t i) { return load(row + i) * scale; },
+            [&](int64_t i) { return to_float(row[i]) * scale; });
     };
     if (e.kind == FP32) fill((const float*)e.w + id * C, 1.f);
     if (e.kind == BF16) fill((const bf16*)e.w + id * C, 1.f);
@@ -76,7 +77,8 @@ static void rotate(float* x, const float* cos, const float* sin, int64_t D) {
 
 // out (D) = out * shrink + sum over n keys of weight * value
 template <class T>
-static void weigh(const float* weight, const T* values, int64_t n, int64_t D, float shrink, float* out) {
+static void weigh(const float* weight, const T* values, int64_t n, int64_t D, float shrink,
+                  float* out) {
     int64_t d = 0;
     for (; d + 4 * LANES <= D; d += 4 * LANES) {
         f32v acc[4];
@@ -97,7 +99,8 @@ static void weigh(const float* weight, const T* values, int64_t n, int64_t D, fl
 }
 
 // Scores of `count` <= LANES keys (D apart), side by side in the lanes of the result.
-template <class T> static f32v scores(const float* q, const T* keys, int64_t count, int64_t D) {
+template <class T>
+static f32v scores(const float* q, const T* keys, int64_t count, int64_t D) {
     f32v acc[LANES] = {};
     const T* key[LANES];  // those past the last repeat it
     for (int64_t i = 0; i < LANES; ++i) key[i] = keys + (i < count ? i : count - 1) * D;
@@ -108,7 +111,8 @@ template <class T> static f32v scores(const float* q, const T* keys, int64_t cou
     }
     if (d < D) {
         const f32v one = widen_tail<Fma>(q + d, D - d);
-        for (int i = 0; i < LANES; ++i) acc[i] = fma(one, widen_tail<Fma>(key[i] + d, D - d), acc[i]);
+        for (int i = 0; i < LANES; ++i)
+            acc[i] = fma(one, widen_tail<Fma>(key[i] + d, D - d), acc[i]);
     }
     return sums(acc);
 }

@@ -1,14 +1,17 @@
-// fp32 activations times weights of one or two bytes, at the rate at which a cache gives the weights:
-// the activations are arranged once so that widening a weight takes no shuffle, or none at all.
+// fp32 activations times weights of one or two bytes, at the rate at which a cache gives the
+// weights: the activations are arranged once so that widening a weight takes no shuffle, or none at
+// all.
 #pragma once
 #include "dot.h"
 
 // ---- bf16 weights: the two halves of a word are two floats -----------------------------------
 // A row of x stands in blocks of 2 LANES, those with even index first; padded with zeros to whole
-// blocks.  A shift makes floats of a word's lower half, a mask of its upper: instructions that leave
-// the multipliers alone, where a widening load keeps the shuffle unit busy for two cycles.
+// blocks.  A shift makes floats of a word's lower half, a mask of its upper: instructions that
+// leave the multipliers alone, where a widening load keeps the shuffle unit busy for two cycles.
 struct DotHalves : Plain {
-    struct Vector { f32v even, odd; };
+    struct Vector {
+        f32v even, odd;
+    };
     using X = float;
     using Sum = f32v;
     using Total = float;
@@ -46,8 +49,12 @@ inline void split_halves(const float* from, int64_t K, float* to) {
 // nothing to widen: 3 instructions for 64 weights, where floats take 4 and as many conversions.
 // A row of x stands in blocks of 64: the upper bytes, the middle ones, the lower ones.
 struct DotBytes : Plain {
-    struct Vector { __m512i upper, middle, lower; };
-    struct Sum { i32v upper, middle, lower; };
+    struct Vector {
+        __m512i upper, middle, lower;
+    };
+    struct Sum {
+        i32v upper, middle, lower;
+    };
     using Total = double;  // the sum of n w: whole numbers up to 2^53 are exact
     using X = uint8_t;
     static constexpr int STEP = 64, PLANES = 3, MOST = 2, WIDEN_ONCE = 1 << 30;
@@ -82,9 +89,10 @@ inline void lanes_sums(const DotBytes::Sum (&v)[TILE_ROWS], double* out) {
     alignas(16) float part[TILE_ROWS];
     lanes_sums(upper, whole);
     lanes_sums(rest, part);
-    _mm256_storeu_pd(out, _mm256_add_pd(
-        _mm256_mul_pd(_mm256_cvtepi32_pd(_mm_load_si128((const __m128i*)whole)), _mm256_set1_pd(65536.)),
-        _mm256_cvtps_pd(_mm_load_ps(part))));
+    _mm256_storeu_pd(
+        out, _mm256_add_pd(_mm256_mul_pd(_mm256_cvtepi32_pd(_mm_load_si128((const __m128i*)whole)),
+                                         _mm256_set1_pd(65536.)),
+                           _mm256_cvtps_pd(_mm_load_ps(part))));
 }
 
 // to: 3 bytes per activation, K rounded up to 64; a row with NaN or infinity has the scale NaN.

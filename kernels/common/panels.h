@@ -26,7 +26,8 @@ inline word4 words(Singles, const bf16* p) {
 #if defined(__AVX512BF16__)
 inline word4 words(Pairs, const bf16* p) { return load_as<word4>(p); }
 inline word4 words(Pairs, const int8_t* p) {  // every int8 is a bf16
-    const __m256 wide = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+    const __m256 wide =
+        _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
     return (word4)_mm256_cvtneps_pbh(wide);
 }
 #endif
@@ -37,7 +38,8 @@ inline word4 words(Bytes, const int8_t* p) { return load_as<word4>(p); }
 
 // panel[w][n] = words [w0, w1) of rows n0 + n of w, for n < PANEL; rows past n1 repeat the last.
 template <class F, class W>
-inline void turn(const W* w, int64_t K, int64_t n0, int64_t n1, int64_t w0, int64_t w1, Word* panel) {
+inline void turn(const W* w, int64_t K, int64_t n0, int64_t n1, int64_t w0, int64_t w1,
+                 Word* panel) {
     constexpr int PER = F::PER_WORD;
     for (int64_t n = 0; n < PANEL && n0 + n < n1; n += 4) {
         const W* rows[4];
@@ -60,7 +62,8 @@ inline void turn_wide(const int8_t* w, int64_t K, int64_t n0, int64_t n1, int64_
                       Word* panel) {
     constexpr int64_t SOME = 32;  // words at once
     Word four[SOME * PANEL];
-    const int64_t end = (w1 + 3) / 4, columns = std::min<int64_t>(PANEL, (n1 - n0 + LANES - 1) / LANES * LANES);
+    const int64_t end = (w1 + 3) / 4,
+                  columns = std::min<int64_t>(PANEL, (n1 - n0 + LANES - 1) / LANES * LANES);
     for (int64_t at = w0 / 4; at < end; at += SOME) {
         const int64_t to = std::min(at + SOME, end);
         turn<Bytes>(w, K, n0, n1, at, to, four);
@@ -68,7 +71,8 @@ inline void turn_wide(const int8_t* w, int64_t K, int64_t n0, int64_t n1, int64_
             for (int64_t n = 0; n < columns; n += LANES) {
                 const word_v v = load_as<word_v>(four + (q - at) * PANEL + n);
                 Word* out = panel + (4 * q - w0) * PANEL + n;
-                for (int i = 0; i < 4; ++i)  // panels have room for the words that fill the last one
+                for (int i = 0; i < 4;
+                     ++i)  // panels have room for the words that fill the last one
                     store((float*)(out + i * PANEL),
                           __builtin_convertvector((i32v)(v << (24 - 8 * i)) >> 24, f32v));
             }
@@ -93,9 +97,7 @@ inline void turn(const Int4& w, int64_t n0, int64_t n1, int64_t w0, int64_t w1, 
 constexpr int64_t PANEL_WORDS = 2048;  // of the summed dimension in a panel: half a megabyte
 constexpr int64_t tall(int64_t M) { return (M + TALL - 1) / TALL * TALL; }
 // Words of scratch of `panel_rows` for M rows of x of this many words.
-constexpr int64_t panel_scratch(int64_t M, int64_t words) {
-    return (words + 4 + tall(M)) * PANEL;
-}
+constexpr int64_t panel_scratch(int64_t M, int64_t words) { return (words + 4 + tall(M)) * PANEL; }
 
 // done(m, n, count, sums) for rows m < M of x and runs of outputs in n0 <= n < n1: sums[i] is
 // x row m . weights of output n + i.  x stands in rows of `words` words, x_stride apart, tall(M) of
@@ -117,8 +119,11 @@ inline void panel_rows(const Word* x, int64_t x_stride, int64_t M, int64_t words
             for (int64_t m = 0; m < M; m += TALL) {
                 const Word* rows = x + m * x_stride + w0;
                 float* to = sums + m * PANEL;
-                if (w0) tiles<F, true>(rows, x_stride, panel, PANEL, w1 - w0, to, PANEL, columns, keep);
-                else tiles<F, false>(rows, x_stride, panel, PANEL, w1 - w0, to, PANEL, columns, keep);
+                if (w0)
+                    tiles<F, true>(rows, x_stride, panel, PANEL, w1 - w0, to, PANEL, columns, keep);
+                else
+                    tiles<F, false>(rows, x_stride, panel, PANEL, w1 - w0, to, PANEL, columns,
+                                    keep);
             }
         }
         for (int64_t m = 0; m < M; ++m) done(m, n, count, sums + m * PANEL);

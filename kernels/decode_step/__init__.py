@@ -169,7 +169,7 @@ class DecodeStep:
         threads = torch.get_num_threads()
         step = build.cpu_function("decode_step", "decode_step", _STEP, c_int)
         size = build.cpu_function("decode_step", "decode_step_workspace",
-                                  (POINTER(_Model), c_int64, c_int64, c_int64), c_int64)  # fmt: skip
+                                  (POINTER(_Model), *[c_int64] * 3), c_int64)  # fmt: skip
         needed = size(self.model, batch, tokens, threads)
         if self._space.numel() < needed:
             self._space = torch.empty(needed)

@@ -5,122 +5,11 @@
 // A prompt (T > MOST_TOKENS) goes through panels of weights instead: other sums, more arithmetic.
 #include <memory>
 #include "decoder.h"
-#include "narrow_weights.h"
-#include "panels.h"
+#include "decoder_linears.h"
 
 constexpr int64_t MOST_TOKENS = 16;  // of a row, in a step
-constexpr int64_t FEW = 2;  // rows that every thread prepares for itself rather than wait for others
-
-// How activations stand for a kind of weights.
-enum Form { PLAIN, HALVES, BYTES, QUANTIZED, PAIRED };
-static Form form_of(const Linear& l, bool prompt, bool narrow) {
-    if (l.kind == INT8_DYNAMIC) return QUANTIZED;
-#if defined(__AVX512BF16__)
-    if (prompt && (narrow || l.kind == BF16) && l.kind != FP32 && l.kind != INT4) return PAIRED;
-#endif
-    (void)narrow;
-    if (prompt) return PLAIN;
-#if defined(__AVX512VNNI__)
-    if (l.kind == INT8) return BYTES;
-#endif
-    return l.kind == BF16 ? HALVES : PLAIN;
-}
-
-struct Buffers {  // rows of `stride` floats and bytes of 3 * stride
-    float* wide;
-    uint8_t* bytes;
-    float* scale;
-};
-struct Rows {  // activations (M, K) in one of the forms, `stride` numbers from row to row
-    Form form;
-    const float* wide;
-    const uint8_t* bytes;
-    const float* scale;
-    int64_t M, K, stride;
-};
-
-// The part of linear `l` that makes outputs n0 <= n < n1 of `x`, given as put(n, m, value).
-template <class Put>
-static void step_linear(const Linear& l, const Rows& x, int64_t n0, int64_t n1, float* scratch, Put put) {
-    const auto run = [&](auto d, const auto* rows, const auto* w, auto done) {
-        matmul_rows<decltype(d)>(rows, x.stride, x.M, w, l.k, n0, n1, l.k,
-                                 (std::remove_const_t<std::remove_pointer_t<decltype(rows)>>*)scratch, done);
-    };
-    const auto scaled = [&](int64_t n, int64_t m, float v) { put(n, m, v * l.scale[n]); };
-    (void)scaled;
-    switch (l.kind) {
-    case FP32: return run(Fma(), x.wide, (const float*)l.w, put);
-    case BF16: return run(DotHalves(), x.wide, (const bf16*)l.w, put);
-    case INT4:
-        return int4_rows<Int4Fp32>(x.wide, x.stride, x.M,
-                                   {(const uint32_t*)l.w, (const bf16*)l.scale, l.k, l.group}, n0,
-                                   n1, put);
-#if defined(__AVX512VNNI__)
-    case INT8:
-        return run(DotBytes(), x.bytes, (const int8_t*)l.w,
-                   [&](int64_t n, int64_t m, double v) {
-                       scaled(n, m, DotBytes::value(v, l.sums[n], x.scale[m]));
-                   });
-    case INT8_DYNAMIC:
-        return run(DotInt8(), x.bytes, (const int8_t*)l.w, [&](int64_t n, int64_t m, int32_t v) {
-            put(n, m, float(v - 128 * l.sums[n]) * (x.scale[m] * l.scale[n]));
-        });
-#else
-    case INT8: return run(Fma(), x.wide, (const int8_t*)l.w, scaled);
-    case INT8_DYNAMIC:  // the quantized activations stand in `wide`
-        return run(Fma(), x.wide, (const int8_t*)l.w, [&](int64_t n, int64_t m, float v) {
-            put(n, m, v * (x.scale[m] * l.scale[n]));
-        });
-#endif
-    }
-}
-
-// The same for the rows of a prompt.
-template <class Put>
-static void prompt_linear(const Linear& l, const Rows& x, int64_t n0, int64_t n1, float* scratch, Put put) {
-    const auto run = [&](auto f, const void* rows, int64_t bytes, auto fill, auto value) {
-        using F = decltype(f);
-        panel_rows<F>((const Word*)rows, bytes / 4, x.M, (l.k + F::PER_WORD - 1) / F::PER_WORD, n0,
-                      n1, (Word*)scratch, fill, [&](int64_t m, int64_t n, int64_t count, const float* sums) {
-                          for (int64_t i = 0; i < count; ++i) put(n + i, m, value(n + i, m, sums + i));
-                      });
-    };
-    const auto rows_of = [&](auto f, const auto* w) {
-        return [=, k = l.k](int64_t n0, int64_t n1, int64_t w0, int64_t w1, Word* panel) {
-            turn<decltype(f)>(w, k, n0, n1, w0, w1, panel);
-        };
-    };
-    const auto wide_int8 = [&](int64_t n0, int64_t n1, int64_t w0, int64_t w1, Word* panel) {
-        turn_wide((const int8_t*)l.w, l.k, n0, n1, w0, w1, panel);
-    };
-    const auto plain = [](int64_t, int64_t, const float* v) { return *v; };
-    const auto scaled = [&](int64_t n, int64_t, const float* v) { return *v * l.scale[n]; };
-    const auto both = [&](int64_t n, int64_t m, const float* v) { return *v * (x.scale[m] * l.scale[n]); };
-    const int64_t wide = 4 * x.stride;
-    (void)both;
-#if defined(__AVX512BF16__)
-    if (x.form == PAIRED && l.kind == BF16)
-        return run(Pairs(), x.bytes, x.stride, rows_of(Pairs(), (const bf16*)l.w), plain);
-    if (x.form == PAIRED)
-        return run(Pairs(), x.bytes, x.stride, rows_of(Pairs(), (const int8_t*)l.w), scaled);
-#endif
-#if defined(__AVX512VNNI__)
-    if (x.form == QUANTIZED)
-        return run(Quads(), x.bytes, x.stride, rows_of(Bytes(), (const int8_t*)l.w),
-                   [&](int64_t n, int64_t m, const float* v) {
-                       return float(bit_cast<int32_t>(*v) - 128 * l.sums[n]) * (x.scale[m] * l.scale[n]);
-                   });
-#else
-    if (x.form == QUANTIZED) return run(Singles(), x.wide, wide, wide_int8, both);
-#endif
-    if (l.kind == FP32) return run(Singles(), x.wide, wide, rows_of(Singles(), (const float*)l.w), plain);
-    if (l.kind == BF16) return run(Singles(), x.wide, wide, rows_of(Singles(), (const bf16*)l.w), plain);
-    if (l.kind == INT8) return run(Singles(), x.wide, wide, wide_int8, scaled);
-    const Int4 w{(const uint32_t*)l.w, (const bf16*)l.scale, l.k, l.group};
-    run(Singles(), x.wide, wide, [&](int64_t n0, int64_t n1, int64_t w0, int64_t w1, Word* panel) {
-        turn(w, n0, n1, w0, w1, panel);
-    }, plain);
-}
+constexpr int64_t FEW =
+    2;  // rows that every thread prepares for itself rather than wait for others
 
 // What one call works on; the buffers are shared by its threads, but for each one's own.
 struct Step {
@@ -132,10 +21,10 @@ struct Step {
     int64_t outputs;  // tokens per row that get logits: T, 1 for the last, or none
     float *x, *qkv, *attended, *act, *up;
     Buffers shared, own;
-    float* scratch;     // this thread's
+    float* scratch;  // this thread's
     Team& team;
     const int thread;
-    float* best;        // (threads, B * outputs)
+    float* best;  // (threads, B * outputs)
     int64_t* best_at;
 
     int64_t rows() const { return B * T; }
@@ -148,7 +37,9 @@ struct Step {
         if (form == PLAIN && !norm) return {form, from, nullptr, nullptr, n, K, K};
         const bool alone = n <= FEW;
         const Buffers& to = alone ? own : shared;
-        const int64_t bytes = form == BYTES ? 3 * apart(K) : form == PAIRED ? 2 * apart(K) : apart(K);
+        const int64_t bytes = form == BYTES    ? 3 * apart(K)
+                              : form == PAIRED ? 2 * apart(K)
+                                               : apart(K);
         const Share mine = alone ? Share(n, 0, 1, 1) : share(n, 1);
         for (int64_t r = mine.begin; r < mine.end; ++r) {
             const float* row = from + r * K;
@@ -170,7 +61,8 @@ struct Step {
         return form != QUANTIZED;
 #endif
     }
-    static void arrange(Form form, const float* row, int64_t K, float* wide, uint8_t* bytes, float* scale) {
+    static void arrange(Form form, const float* row, int64_t K, float* wide, uint8_t* bytes,
+                        float* scale) {
         if (form == HALVES) split_halves(row, K, wide);
         if (form == QUANTIZED) quantize_row(row, K, bytes, wide, scale);
 #if defined(__AVX512VNNI__)
@@ -184,7 +76,8 @@ struct Step {
 
     // out[m * stride + n] = (or +=) x row m . w row n * scale + bias, for n0 <= n < n1
     template <bool ADD>
-    void linear(const Linear& l, const Rows& x, int64_t n0, int64_t n1, float* out, int64_t stride) {
+    void linear(const Linear& l, const Rows& x, int64_t n0, int64_t n1, float* out,
+                int64_t stride) {
         const auto put = [&](int64_t n, int64_t m, float v) {
             if (l.bias) v += l.bias[n];
             float& to = out[m * stride + n];
@@ -210,7 +103,8 @@ struct Step {
     }
 
     // Rotates token t of row b, for one kv head and its queries; the cache gets its key and value.
-    template <class C> void append(const Layer& layer, int64_t b, int64_t head, int64_t t) {
+    template <class C>
+    void append(const Layer& layer, int64_t b, int64_t head, int64_t t) {
         const int64_t D = m.head_dim, H = m.heads, G = H / m.kv_heads, p = positions[b * T + t];
         float* row = qkv + (b * T + t) * (H + 2 * m.kv_heads) * D;
         const auto turned = [&](float* at, const float* norm, float scale) {
@@ -228,14 +122,16 @@ struct Step {
         for (int64_t g = 0; g < G; ++g)
             turned(row + (head * G + g) * D, layer.q_norm, 1.f / std::sqrt(float(D)));
     }
-    template <class C> void attend_to(const Layer& layer, int64_t b, int64_t h, int64_t t) {
+    template <class C>
+    void attend_to(const Layer& layer, int64_t b, int64_t h, int64_t t) {
         const int64_t D = m.head_dim, H = m.heads, p = positions[b * T + t];
         const int64_t first = m.window && p >= m.window ? p - m.window + 1 : 0;
         const int64_t start = (b * m.kv_heads + h / (H / m.kv_heads)) * m.slots * D;
         attend(qkv + ((b * T + t) * (H + 2 * m.kv_heads) + h) * D, (const C*)layer.keys + start,
                (const C*)layer.values + start, first, p, D, attended + ((b * T + t) * H + h) * D);
     }
-    template <class C> void attention(const Layer& layer) {
+    template <class C>
+    void attention(const Layer& layer) {
         const int64_t H = m.heads, G = H / m.kv_heads, tasks = B * m.kv_heads;
         const bool apart = prompt() || tasks < team.size;  // queries are shared among all threads
         for (int64_t task = thread; task < tasks; task += team.size) {
@@ -258,9 +154,10 @@ struct Step {
         linear<false>(l.up, in, mine.begin, mine.end, up, m.inner);
         for (int64_t r = 0; r < n; ++r) {
             float *a = act + r * m.inner + mine.begin, *u = up + r * m.inner + mine.begin;
-            fill_row(a, mine.end - mine.begin, false,
-                     [&](int64_t j) { return silu(load(a + j)) * load(u + j); },
-                     [&](int64_t j) { return silu(splat(a[j]))[0] * u[j]; });
+            fill_row(
+                a, mine.end - mine.begin, false,
+                [&](int64_t j) { return silu(load(a + j)) * load(u + j); },
+                [&](int64_t j) { return silu(splat(a[j]))[0] * u[j]; });
         }
         team.meet();
         const Rows inner = prepare(l.down, act, nullptr, n, m.inner);
@@ -323,7 +220,9 @@ struct Step {
     }
 };
 
-static int64_t widest(const Model& m) { return std::max({m.hidden, m.inner, m.heads * m.head_dim}); }
+static int64_t widest(const Model& m) {
+    return std::max({m.hidden, m.inner, m.heads * m.head_dim});
+}
 
 // The buffers of a call, laid out in one workspace; counts its floats when there is none.
 struct Layout {
@@ -341,8 +240,8 @@ struct Layout {
     Buffers buffers(int64_t rows, int64_t wide) {
         return {take(rows * apart(wide)), (uint8_t*)take(rows * apart(wide)), take(rows)};
     }
-    Layout(const Model& m, int64_t B, int64_t T, int64_t threads, float* base, Buffers* own = nullptr,
-           float** scratch = nullptr)
+    Layout(const Model& m, int64_t B, int64_t T, int64_t threads, float* base,
+           Buffers* own = nullptr, float** scratch = nullptr)
         : base(base), own(own), scratch(scratch) {
         const int64_t rows = tall(B * T), wide = widest(m);
         x = take(rows * m.hidden);
@@ -381,10 +280,27 @@ extern "C" int decode_step(const Model* m, const int64_t* ids, const int64_t* po
     const Layout l(*m, B, T, threads, workspace, own.get(), scratch.get());
     const auto run = [&](int thread, Team& team) {
         for (int64_t i = 0; i < steps; ++i) {
-            Step{*m, ids + i * B * T, positions + i * B * T, B, T, logits,
-                 argmax ? argmax + i * B : nullptr, outputs, l.x, l.qkv, l.attended, l.act, l.up,
-                 l.shared, own[thread], scratch[thread], team, thread, l.best,
-                 (int64_t*)l.best_at}.run();
+            Step{*m,
+                 ids + i * B * T,
+                 positions + i * B * T,
+                 B,
+                 T,
+                 logits,
+                 argmax ? argmax + i * B : nullptr,
+                 outputs,
+                 l.x,
+                 l.qkv,
+                 l.attended,
+                 l.act,
+                 l.up,
+                 l.shared,
+                 own[thread],
+                 scratch[thread],
+                 team,
+                 thread,
+                 l.best,
+                 (int64_t*)l.best_at}
+                .run();
             if (i + 1 < steps) team.meet();
         }
     };
