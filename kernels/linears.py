@@ -46,6 +46,18 @@ def int8_checks(name: str) -> Callable:
     return check
 
 
+def fp8_checks(name: str) -> Callable:
+    """``check(x, weight, scale, bias)`` of a layer over e4m3 weights (N, K), a scale an output."""
+
+    def check(x, weight, scale, bias=None):
+        expect(weight.dim() == 2 and weight.dtype == torch.float8_e4m3fn, f"{name} needs a "
+               f"float8_e4m3fn weight (N, K), not {weight.dtype} {tuple(weight.shape)}; see "
+               "quantize")  # fmt: skip
+        expect_linear(name, x, *weight.shape, {"weight": weight}, {"scale": scale, "bias": bias})
+
+    return check
+
+
 def int4_checks(name: str) -> Callable:
     """``check(x, packed, scale, outputs, bias)`` of a layer over ``int4_linear.quantize``'s."""
 
