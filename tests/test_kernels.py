@@ -326,8 +326,12 @@ def test_triton_is_right_under_its_interpreter():
 WITH_CUDA = [name for name, case in CASES.items() if (build.HERE / name / "cuda.cu").exists()]
 
 
-@pytest.mark.parametrize("arch", kernel_tools.ARCHS)
-@pytest.mark.parametrize("op", WITH_CUDA)
+def declared(ops):
+    """(operation, architecture) for every one that its GPU kernels are for."""
+    return [pytest.param(op, arch, id=f"{op}-{arch}") for op in ops for arch in CASES[op].archs]
+
+
+@pytest.mark.parametrize(("op", "arch"), declared(WITH_CUDA))
 def test_cuda_compiles_within_its_limits(op, arch):
     if kernel_tools.nvcc() is None:
         pytest.skip("needs nvcc (extra [gpu], or a CUDA toolkit)")
@@ -359,8 +363,10 @@ def test_cuda_compiles_by_nvrtc(op):
     assert all(used["spills"] == 0 for used in kernel_tools.ptxas_usage(log).values())
 
 
-@pytest.mark.parametrize("arch", kernel_tools.ARCHS)
-@pytest.mark.parametrize("op", [n for n in CASES if (build.HERE / n / "triton.py").exists()])
+WITH_TRITON = [name for name in CASES if (build.HERE / name / "triton.py").exists()]
+
+
+@pytest.mark.parametrize(("op", "arch"), declared(WITH_TRITON))
 def test_triton_compiles_within_its_limits(op, arch):
     pytest.importorskip("triton", reason="needs the package triton")
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

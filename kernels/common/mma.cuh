@@ -49,6 +49,16 @@ __device__ inline void mma(int (&c)[4], const unsigned (&a)[4], unsigned b0, uns
         : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+#if __CUDA_ARCH__ >= 890
+struct e4m3 {};
+// The same in e4m3 with sums in fp32, of which tensor cores keep some 13 bits: add up few.
+__device__ inline void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, e4m3) {
+    asm("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 "
+        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+#endif
 #elif defined(SIMT_HOST)
 inline void copy_async(void* to, const void* from, bool inside) {
     inside ? std::memcpy(to, from, 16) : std::memset(to, 0, 16);
@@ -77,6 +87,21 @@ inline void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1,
         std::memcpy(u, &x, 4);
         std::memcpy(v, &y, 4);
         return float(u[0]) * float(v[0]) + float(u[1]) * float(v[1]);
+    });
+}
+struct e4m3 {};
+inline float from_e4m3(unsigned byte) {
+    const int exponent = byte >> 3 & 15, mantissa = byte & 7;
+    const float magnitude = (byte & 127) == 127 ? NAN
+                            : exponent ? std::ldexp(float(8 + mantissa), exponent - 10)
+                                       : std::ldexp(float(mantissa), -9);
+    return byte & 128 ? -magnitude : magnitude;
+}
+inline void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, e4m3) {
+    product(c, a, b0, b1, [](unsigned x, unsigned y) {
+        float sum = 0.f;
+        for (int i = 0; i < 32; i += 8) sum += from_e4m3(x >> i & 255) * from_e4m3(y >> i & 255);
+        return sum;
     });
 }
 inline void mma(int (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {

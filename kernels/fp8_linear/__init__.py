@@ -72,7 +72,7 @@ def into_cuda(y, x, weight, scale, bias=None) -> None:
 
 _OP = Op(NAME, "(Tensor x, Tensor weight, Tensor scale, Tensor? bias=None) -> Tensor",
          check=fp8_checks(NAME), fake=_fake, reference=reference.fp8_linear,
-         cpu=allocating(into_cpu, _fake), triton=False,
+         cpu=allocating(into_cpu, _fake), cuda=allocating(into_cuda, _fake),
          flops=linear_flops)  # fmt: skip
 
 
