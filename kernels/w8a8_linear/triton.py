@@ -99,7 +99,7 @@ def w8a8_linear_gemm_kernel(q_ptr, scale_x_ptr, weight_ptr, scale_ptr, bias_ptr,
         x = tl.load(q_ptr + rows + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0)
         w = tl.load(weight_ptr + cols + k[:, None], mask=(n < N)[None, :] & (k < K)[:, None],
                     other=0)  # fmt: skip
-        total = tl.dot(x, w, total)
+        total = tl.dot(x, w, total, out_dtype=tl.int32)
     scale = tl.load(scale_x_ptr + m, mask=m < M, other=0.0)[:, None]
     y = total.to(tl.float32) * (scale * tl.load(scale_ptr + n, mask=n < N, other=0.0)[None, :])
     if HAS_BIAS:
