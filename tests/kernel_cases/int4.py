@@ -70,19 +70,30 @@ def _dequantized(dtype=None):
 
 
 def _int4pack(x, packed, scale, outputs, bias):
-    """torch's int4 weights for CPUs: activations in bf16, weights as q - 8 times a scale."""
+    """torch's int4 weights of either device: activations in bf16, weights q - 8 times a scale."""
     from kernels.int4_linear.reference import unpack
 
-    words = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unpack(packed).int() + 8, 1)
+    q = unpack(packed).int() + 8
+    if x.is_cuda:
+        halves = (q[:, ::2] << 4 | q[:, 1::2]).to(torch.uint8)
+        words = torch.ops.aten._convert_weight_to_int4pack(halves, 8)
+    else:
+        words = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
     groups = scale.shape[1]
     flat = scale.permute(1, 0, 2).reshape(groups, outputs)
     return (x.bfloat16(), words, x.shape[-1] // groups,
             torch.stack((flat, torch.zeros_like(flat)), -1))  # fmt: skip
 
 
+def _int4pack_mm(x, words, group, scales):
+    aten = torch.ops.aten
+    return (aten._weight_int4pack_mm if x.is_cuda else aten._weight_int4pack_mm_for_cpu)(
+        x, words, group, scales)  # fmt: skip
+
+
 PEERS = {
     "bf16_linear": Rival(linear, _dequantized(torch.bfloat16)),
-    "int4pack_mm": Rival(torch.ops.aten._weight_int4pack_mm_for_cpu, _int4pack),
+    "int4pack_mm": Rival(_int4pack_mm, _int4pack),
 }
 
 

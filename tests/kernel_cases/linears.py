@@ -107,6 +107,17 @@ def _dynamic_int8_linear(x, packed, scale, zero):
                                               x.dtype, "none", [], "")  # fmt: skip
 
 
+def _int_mm(x, weight, scale, bias):
+    return x, weight.t(), scale
+
+
+def _int_mm_linear(x, weight, scale):
+    """torch's int8 product (on GPUs from 17 rows on); x is quantized per row, in the timed call."""
+    step = x.abs().amax(-1, keepdim=True).float() / 127
+    q = (x / step).round().to(torch.int8)
+    return (torch._int_mm(q, weight).float() * (step * scale)).to(x.dtype)
+
+
 PEERS = {
     "bf16_linear": Rival(linear, _dequantized(torch.bfloat16)),
     "int8pack_mm": Rival(torch.ops.aten._weight_int8pack_mm, _int8pack),
@@ -116,7 +127,8 @@ SPEEDS = [
     Speed("int8_linear", _timed_linear, LAYERS, core=4, eager=Rival(linear, _dequantized()),
           peers=PEERS, weights=True),
     Speed("w8a8_linear", _timed_linear, LAYERS, core=4, eager=Rival(linear, _dequantized()),
-          peers={**PEERS, "onednn_dynamic_int8": Rival(_dynamic_int8_linear, _dynamic_int8)},
+          peers={**PEERS, "onednn_dynamic_int8": Rival(_dynamic_int8_linear, _dynamic_int8),
+                 "torch_int_mm": Rival(_int_mm_linear, _int_mm)},
           weights=True, compute="int8"),
     # the head of a Llama of 1 billion with the vocabulary of Llama 2
     Speed("lm_head_argmax", _lm_head_argmax,
