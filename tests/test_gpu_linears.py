@@ -32,6 +32,8 @@ def on_host(monkeypatch):
     ("int4_a8_linear", 1, ["quantize", "few"]),
     ("int4_a8_linear", 64, ["quantize", "few"]),
     ("int4_a8_linear", 65, ["quantize", "gemm"]),
+    ("int8_linear", 64, ["dot"]),
+    ("int8_linear", 65, ["arrange", "gemm"]),
     ("int4_linear", 8, ["dot"]),
     ("int4_linear", 9, ["few"]),
     ("int4_linear", 64, ["few"]),
@@ -84,15 +86,16 @@ def test_int4_weights_that_start_between_16_bytes_are_one_sentence(op, on_host):
         on_host(op, x, shifted, *rest)
 
 
-@pytest.mark.parametrize("rows", [12, 66])
+@pytest.mark.parametrize(("op", "rows"), [
+    ("int4_linear", 12), ("int4_linear", 66), ("int8_linear", 66)])  # fmt: skip
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_int4_linear_keeps_infinity_and_nan_in_their_row(dtype, rows, on_host):
+def test_float_activations_keep_infinity_and_nan_in_their_row(op, rows, dtype, on_host):
     """Three numbers in bf16 stand for one in fp32: those of an infinity are no NaN."""
-    x, *weights = CASES["int4_linear"].make((rows, 5, 64), DTYPES[dtype])
-    clean, _ = on_host("int4_linear", x, *weights)
+    x, *weights = CASES[op].make((rows, 5, 64), DTYPES[dtype])
+    clean, _ = on_host(op, x, *weights)
     x[1, 7], x[2, 9] = float("inf"), float("nan")
-    got, _ = on_host("int4_linear", x, *weights)
-    expected = CASES["int4_linear"].reference(x, *weights)
+    got, _ = on_host(op, x, *weights)
+    expected = CASES[op].reference(x, *weights)
     assert expected[1].isinf().any()
     assert torch.equal(got[1].isinf(), expected[1].isinf())
     assert torch.equal(got[:3].isnan(), expected[:3].isnan())
@@ -109,21 +112,23 @@ def test_rows_that_start_between_16_bytes_are_arranged_first(on_host):
     assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("rows", [12, 66])
-def test_int4_linear_in_fp32_loses_nothing_on_tensor_cores(rows, on_host):
+@pytest.mark.parametrize(("op", "rows"), [
+    ("int4_linear", 12), ("int4_linear", 66), ("int8_linear", 66)])  # fmt: skip
+def test_fp32_loses_nothing_on_tensor_cores(op, rows, on_host):
     """Within a few roundings of fp32 sums; a bf16 activation would be 2^-9 off."""
-    x, packed, scale, n, _ = CASES["int4_linear"].make((rows, 40, 256), torch.float32)
-    y, ran = on_host("int4_linear", x, packed, scale, n)
+    x, *weights, _ = CASES[op].make((rows, 40, 256), torch.float32)
+    y, ran = on_host(op, x, *weights, None)
     assert ran[0] == "arrange"
-    exact = CASES["int4_linear"].exact(x, packed, scale, n)
+    exact = CASES[op].exact(x, *weights, None)
     assert (y - exact).norm() / exact.norm() < 2**-22
 
 
-@pytest.mark.parametrize("rows", [2, 66])
-def test_weights_that_start_between_16_bytes_give_the_same(rows, on_host):
-    x, weight, scale, bias = CASES["w8a8_linear"].make((rows, 5, 64), torch.float32)
+@pytest.mark.parametrize(("op", "rows"), [
+    ("w8a8_linear", 2), ("w8a8_linear", 66), ("int8_linear", 66)])  # fmt: skip
+def test_weights_that_start_between_16_bytes_give_the_same(op, rows, on_host):
+    x, weight, scale, bias = CASES[op].make((rows, 5, 64), torch.float32)
     shifted = torch.empty(weight.numel() + 1, dtype=torch.int8)[1:].view_as(weight).copy_(weight)
     assert shifted.data_ptr() % 16
-    expected, _ = on_host("w8a8_linear", x, weight, scale, bias)
-    got, _ = on_host("w8a8_linear", x, shifted, scale, bias)
+    expected, _ = on_host(op, x, weight, scale, bias)
+    got, _ = on_host(op, x, shifted, scale, bias)
     assert torch.equal(got, expected)

@@ -113,7 +113,6 @@ inline void mma(int (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
 }
 #endif
 
-#ifdef __CUDA_ARCH__
 __device__ inline unsigned pack(float low, float high, bf16) {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
     return *reinterpret_cast<const unsigned*>(&pair);
@@ -122,4 +121,3 @@ __device__ inline unsigned pack(float low, float high, f16) {
     const __half2 pair = __floats2half2_rn(low, high);
     return *reinterpret_cast<const unsigned*>(&pair);
 }
-#endif

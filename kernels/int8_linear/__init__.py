@@ -37,14 +37,34 @@ def into_cpu(y, x, weight, scale, bias=None) -> None:
              torch.get_num_threads())  # fmt: skip
 
 
+DOT = 64  # rows up to which impl='cuda' takes CUDA cores, 8 at a time; not measured yet
+STEP = (
+    64  # inputs that a step of its tensor cores takes: rows in 16 bits are filled up to whole ones
+)
+
+
 def into_cuda(y, x, weight, scale, bias=None) -> None:
-    """Write y (..., N), contiguous: a warp per output, up to 8 rows of x at a time."""
+    """Write y (..., N), contiguous: dot products for a step, tensor cores for prompts."""
     (rows, stride), (n, k) = rows_of(x, "x of int8_linear"), weight.shape
-    kernel = build.cuda_kernel(NAME, "int8_linear_" + SUFFIX[x.dtype], x.device.index or 0)
+    suffix, device = SUFFIX[x.dtype], x.device.index or 0
     pointer = ctypes.c_void_p(0) if bias is None else bias
-    build.launch(kernel, (-(-n // 4), -(-rows // 8)), 128, x, weight, scale, pointer, y,
-                 ctypes.c_int64(stride), ctypes.c_int(rows), ctypes.c_int(n),
-                 ctypes.c_int(k))  # fmt: skip
+    if rows <= DOT or not k:
+        kernel = build.cuda_kernel(NAME, f"{NAME}_dot_{suffix}", device)
+        build.launch(kernel, (-(-n // 4), -(-rows // 8)), 128, x, weight, scale, pointer, y,
+                     ctypes.c_int64(stride), ctypes.c_int(rows), ctypes.c_int(n),
+                     ctypes.c_int(k))  # fmt: skip
+        return
+    padded = -(-k // STEP) * STEP
+    planes, dtype = (3, torch.bfloat16) if x.dtype == torch.float32 else (1, x.dtype)
+    a = torch.empty(rows, planes * padded, dtype=dtype, device=x.device)
+    first = build.cuda_kernel(NAME, f"{NAME}_arrange_{suffix}", device)
+    build.launch(first, rows, 256, x, a, ctypes.c_int64(stride), ctypes.c_int(k),
+                 ctypes.c_int(padded))  # fmt: skip
+    packs = k % 16 == 0 and weight.data_ptr() % 16 == 0  # rows of weights start at 16 bytes
+    kernel = build.cuda_kernel(NAME, f"{NAME}_gemm_{suffix}", device)
+    build.launch(kernel, (-(-n // 128), -(-rows // 64)), 256, a, weight, scale, pointer, y,
+                 ctypes.c_int(rows), ctypes.c_int(n), ctypes.c_int(k), ctypes.c_int(padded),
+                 ctypes.c_int(packs))  # fmt: skip
 
 
 _OP = Op(NAME, "(Tensor x, Tensor weight, Tensor scale, Tensor? bias=None) -> Tensor",
@@ -64,7 +84,9 @@ def int8_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor,
     Returns (..., N) in x's dtype.  Raises ``KernelError`` for anything else.
     Helps at small batch, where the time is that of reading the weights: half the bytes of bf16.
     Does not at large batch on hardware whose int8 units it leaves idle: see ``w8a8_linear``.
-    A row of a batch has the same bits as alone.
+    On a GPU from 65 rows on tensor cores take them, in bf16 or fp16, fp32 as three numbers in bf16.
+    Not measured there yet.
+    A row of a batch has the same bits as alone, on a CPU.
     """
     return _OP(x, weight, scale, bias, impl=impl)
 
