@@ -130,12 +130,19 @@ template <class D, class W> inline auto widen_tail(const W* p, int64_t n) {
 
 template <class D> using Out = typename D::Total;
 
+// Rows are fetched ahead into the second-level cache: the first has fewer lines under way.  Of what
+// one thread of a Zen 4 reads from memory, GB/s, fetched into the first and into the second level:
+// rows of 2048 fp32 24 and 28, bf16 17 and 25, int8 13 and 22; 20 MB of bf16 from the third 33 and 57.
+constexpr int64_t FETCHED = 16 << 10;  // bytes between what is read and what is fetched, about
+inline int64_t tiles_ahead(int64_t bytes) { return 1 + FETCHED / bytes; }
+
 // acc[r][m] = x row m . w row r, for M rows of x and R rows of w.
 template <class D, class W, int M, int R, bool PREFETCH>
 inline void dot_tile(const typename D::X* x, int64_t x_stride, const W* w, int64_t w_stride,
                      int64_t K, Out<D> out[R][M]) {
     constexpr int LINE = 64 / sizeof(W) > D::STEP ? 64 / sizeof(W) : D::STEP;  // of the cache
     typename D::Sum acc[R][M] = {};
+    const W* ahead = w + tiles_ahead(w_stride * R * sizeof(W)) * R * w_stride;
     int64_t k = 0;
     const auto step = [&](int64_t at) INLINED {
         typename D::Vector row[M];
@@ -146,8 +153,8 @@ inline void dot_tile(const typename D::X* x, int64_t x_stride, const W* w, int64
         });
     };
     for (; k + LINE <= K; k += LINE) {
-        if (PREFETCH)  // the same place in the next rows: the hardware stops at each row's end
-            unrolled<R>([&](auto r) INLINED { __builtin_prefetch(w + (r + R) * w_stride + k); });
+        if (PREFETCH)  // the same place in rows to come: the hardware stops at each row's end
+            unrolled<R>([&](auto r) INLINED { __builtin_prefetch(ahead + r * w_stride + k, 0, 2); });
         unrolled<LINE / D::STEP>([&](auto i) INLINED { step(k + i * D::STEP); });
     }
     for (; k + D::STEP <= K; k += D::STEP) step(k);
