@@ -110,14 +110,17 @@ static void fp8_linear(const T* x, int64_t x_stride, const e4m3* w, const float*
                               from_float(y + m * N + n, v + (bias ? bias[n] : 0.f));
                           });
     };
-    if (threads <= 1 || N * K < SERIAL_ELEMENTS) {
+    const bool alone = threads <= 1 || N * K < SERIAL_ELEMENTS;
+    const bool few = alone || M * K < SERIAL_ELEMENTS;  // no rows to share: no barrier after them
+    if (few)
         for (int64_t m = 0; m < M; ++m) quantize_row(m);
-        return multiply(0, 1);
-    }
+    if (alone) return multiply(0, 1);
 #pragma omp parallel num_threads(threads)
     {
+        if (!few) {
 #pragma omp for schedule(static)
-        for (int64_t m = 0; m < M; ++m) quantize_row(m);
+            for (int64_t m = 0; m < M; ++m) quantize_row(m);
+        }
         multiply(omp_get_thread_num(), omp_get_num_threads());
     }
 }
