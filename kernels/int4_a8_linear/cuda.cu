@@ -13,7 +13,7 @@ constexpr int STEPS = STRETCH / 32;  // products of 32 inputs
 constexpr int START = 0x4b400000;
 constexpr float STARTED = 12582912.f;
 
-struct alignas(8) Half {  // of the inputs that a lane gives to a product: inputs 0, 4, 1, 5, then the rest
+struct alignas(8) Half {  // eight inputs that a lane gives to a product: 0, 4, 1, 5, then the rest
     unsigned at[2];
 };
 
@@ -63,7 +63,8 @@ __device__ inline void add_group(float (&sum)[4][4], W words, R rows, int g, con
 #pragma unroll
         for (int n = 0; n < 4; ++n) {
             const unsigned word = w.at[n];
-            mma(whole[n], a, (word << 4 & 0xf0f0f0f0u) ^ 0x80808080u, (word & 0xf0f0f0f0u) ^ 0x80808080u);
+            mma(whole[n], a, (word << 4 & 0xf0f0f0f0u) ^ 0x80808080u,
+                (word & 0xf0f0f0f0u) ^ 0x80808080u);
         }
     }
 #pragma unroll
@@ -164,9 +165,9 @@ __device__ void fill(Stage& stage, Rows x, const unsigned* packed, const bf16* s
     for (int i = threadIdx.x; i < 8 * (STRETCH / 8) * 4; i += 256) {
         const int quad = i % 4, octet = i / 4 % (STRETCH / 8), block = i / 4 / (STRETCH / 8);
         const bool inside = first + octet * 8 < K;
+        const int output = outputs + block * 16 + quad * 4;
         copy_async(&stage.words[block][octet][place(octet, quad)],
-                   inside ? words_of(packed, outputs + block * 16 + quad * 4, first + octet * 8, K, N) : packed,
-                   inside);
+                   inside ? words_of(packed, output, first + octet * 8, K, N) : packed, inside);
     }
     for (int i = threadIdx.x; i < GROUPS * 16; i += 256) {
         const int g = first / GROUP + i / 16;
@@ -178,7 +179,8 @@ __device__ void fill(Stage& stage, Rows x, const unsigned* packed, const bf16* s
         const int g = first / GROUP + i / (TILE / 4);
         const bool inside = g < K / GROUP;
         copy_async(&stage.scale_x[0][0] + i * 4,
-                   inside ? x.scale_x + int64(g) * x.padded + rows + i % (TILE / 4) * 4 : x.scale_x, inside);
+                   inside ? x.scale_x + int64(g) * x.padded + rows + i % (TILE / 4) * 4 : x.scale_x,
+                   inside);
     }
     commit_copies();
 }

@@ -157,8 +157,8 @@ __device__ void few(const A* a, const unsigned* packed, const bf16* scale, const
             words[s] = *reinterpret_cast<const Words*>(packed + k * 2);
             if (row < rows) of_rows[s][0] = *reinterpret_cast<const Eight*>(mine + k);
             if (row + 8 < rows) of_rows[s][1] = *reinterpret_cast<const Eight*>(mine + k + 8 * step);
-            if (s == 0 || group == 32) scales[s] = *reinterpret_cast<const Scales*>(scale + k / group * 16);
-            else scales[s] = scales[s - 1];
+            if (s && group != 32) scales[s] = scales[s - 1];
+            else scales[s] = *reinterpret_cast<const Scales*>(scale + k / group * 16);
         }
 #pragma unroll
         for (int s = 0; s < STEPS; ++s) {
@@ -203,9 +203,9 @@ __device__ void fill(Stage& stage, const A* a, const unsigned* packed, const bf1
     }
     const int quad = threadIdx.x % 4, octet = threadIdx.x / 4 % 8, block = threadIdx.x / 32;
     const bool inside = first + octet * 8 < K;
+    const int output = outputs + block * 16 + quad * 4;
     copy_async(&stage.words[block][octet][place(octet, quad)],
-               inside ? words_of(packed, outputs + block * 16 + quad * 4, first + octet * 8, K, N) : packed,
-               inside);
+               inside ? words_of(packed, output, first + octet * 8, K, N) : packed, inside);
     if (threadIdx.x < STEPS * 16) {
         const int k = first + threadIdx.x / 16 * 32, output = outputs + threadIdx.x % 16 * 8;
         copy_async(&stage.scales[0][0] + threadIdx.x,

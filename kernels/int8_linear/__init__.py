@@ -38,9 +38,7 @@ def into_cpu(y, x, weight, scale, bias=None) -> None:
 
 
 DOT = 64  # rows up to which impl='cuda' takes CUDA cores, 8 at a time; not measured yet
-STEP = (
-    64  # inputs that a step of its tensor cores takes: rows in 16 bits are filled up to whole ones
-)
+STEP = 64  # inputs that its tensor cores take at once: rows in 16 bits are filled up to them
 
 
 def into_cuda(y, x, weight, scale, bias=None) -> None:

@@ -140,7 +140,8 @@ __device__ void gemm(const A* a, const signed char* w, const float* scale, const
 #pragma unroll
             for (int m = 0; m < 2; ++m) {
                 const int row = upper + m * 16 + lane / 4;
-                const auto above = stage.rows[half][row][lane % 4], below = stage.rows[half][row + 8][lane % 4];
+                const auto above = stage.rows[half][row][lane % 4];
+                const auto below = stage.rows[half][row + 8][lane % 4];
                 const unsigned low[4] = {above.at[0], below.at[0], above.at[1], below.at[1]};
                 const unsigned high[4] = {above.at[2], below.at[2], above.at[3], below.at[3]};
 #pragma unroll
