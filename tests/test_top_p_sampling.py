@@ -51,6 +51,8 @@ def test_the_nucleus_is_the_fewest_that_reach_top_p_and_of_equals_the_first(draw
     assert drawn(draw, LOG, ends, top_p=0.45) == [0] * 5
     assert drawn(draw, LOG, ends, top_p=0.7) == [0, 0, 0, 2, 2]
     assert drawn(draw, LOG, ends, top_p=0.85) == [0, 0, 1, 2, 2], "token 1 before its equal, 3"
+    later = torch.tensor([0.1, 0.1, 0.5, 0.3]).log().tolist()
+    assert drawn(draw, later, [0.05, 0.17, 0.9], top_p=0.85) == [0, 2, 3], "1 is out, 2 is in"
     assert drawn(draw, [1.0] * 8, [0.0, 0.34, 0.67, 0.99], top_p=0.3) == [0, 1, 2, 2]
     assert drawn(draw, [0.0, -0.0, 0.0], [0.0, 0.99], top_p=0.5) == [0, 1], "-0 equals 0"
 
