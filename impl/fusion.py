@@ -43,10 +43,11 @@ def decode_step(engine: Engine) -> Engine:
     """time(step) = bytes of weights and cache / bandwidth: the whole step is one C++ call.
 
     Steps of up to 16 tokens a row (a token, or a draft to verify) run in one parallel region, over
-    the model's own weights in fp32, bf16 or int8; prompts go through the model as before.  Greedy
-    generation stays in a loop of such calls.  A verified draft has the bits of single steps.
+    the model's own weights in fp32, bf16, int8 or int4; a verified draft has the bits of single
+    steps.  Prompts take the same call, in which panels of weights meet many rows at once.  Greedy
+    generation is one call for all its tokens, unless somebody wants each as it comes.
     Helps: small models and small batches, where dispatching hundreds of operators takes longer
-    than they do.  Does not where the arithmetic dominates: prompts and large batches.
+    than they do.  Does not where the arithmetic dominates: long prompts and large batches.
     Source: Spector et al. 2025, https://hazyresearch.stanford.edu/blog/2025-05-27-no-bubbles
     """
     import torch
