@@ -196,7 +196,7 @@ def test_nan_and_infinity_stay_in_their_row(case, route, dtype, poison, monkeypa
         assert torch.equal(y[rest], was[rest])
 
 
-@pytest.mark.parametrize("magnitude", [1e-18, 1e15])
+@pytest.mark.parametrize("magnitude", [1e-35, 1e-18, 1e15])
 @pytest.mark.parametrize(("case", "route", "dtype"), ALL_FIRST)
 def test_large_and_small_magnitudes(case, route, dtype, magnitude, monkeypatch):
     if dtype == "fp16":

@@ -289,7 +289,7 @@ inline void quantize_row(const float* from, int64_t K, uint8_t* narrow, float* w
         std::memset(narrow, 0, K);
         return;
     }
-    *scale = top != 0 ? top / 127.f : 1.f;
+    *scale = std::max(top / 127.f, 0x1p-126f);  // of less, no inverse is finite
     const float inverse = 1.f / *scale;
     k = 0;
 #if defined(__AVX512VNNI__)

@@ -183,7 +183,7 @@ inline void quantize_group(const float* x, int64_t n, int8_t* bytes, float* scal
         return;
     }
     const float top = maximum(most);
-    *scale = top != 0 ? top / 127.f : 1.f;
+    *scale = std::max(top / 127.f, 0x1p-126f);  // of less, no inverse is finite
     const float inverse = 1.f / *scale;
     int32_t total = 0;
     for (int64_t i = 0; i < n; i += 8) {

@@ -36,8 +36,7 @@ __device__ void quantize(const T* x, signed char* q, float* scale_x, int64 step,
         }
     for (int o = 16; o; o /= 2) top = max(top, __shfl_xor_sync(0xffffffffu, top, o));
     const bool finite = top < 0x7f800000u;
-    float each = *reinterpret_cast<const float*>(&top) / 127.f;
-    if (each == 0.f) each = 1.f;
+    const float each = fmaxf(*reinterpret_cast<const float*>(&top) / 127.f, 1.17549435e-38f);
     const float inverse = 1.f / each;
     const int i = lane % 8, place = lane / 8 * 8 + i % 4 / 2 * 4 + i % 2 * 2 + i / 4;
 #pragma unroll

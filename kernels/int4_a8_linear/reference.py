@@ -3,17 +3,17 @@
 import torch
 
 from kernels.int4_linear.reference import unpack
+from kernels.w8a8_linear.reference import SMALLEST_SCALE
 
 
 def quantize_groups(x: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
     """x (..., K) -> whole numbers in [-127, 127] (..., groups, K / groups), scale (..., groups).
 
-    Both fp32.  scale = max|x| / 127 of the group (1 for zeros); x * (1 / scale) is rounded to
+    Both fp32.  scale = max|x| / 127 of the group, 2^-126 at least; x * (1 / scale) is rounded to
     even.  A group that holds a NaN or infinity has the scale NaN.
     """
     x = x.float().unflatten(-1, (groups, x.shape[-1] // groups))
-    scale = x.abs().amax(-1) / 127
-    scale = torch.where(scale != 0, scale, 1.0)
+    scale = (x.abs().amax(-1) / 127).clamp(min=SMALLEST_SCALE)
     scale = torch.where(scale.isfinite(), scale, torch.nan)
     return (x * (1.0 / scale)[..., None]).round(), scale
 

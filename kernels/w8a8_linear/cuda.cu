@@ -16,8 +16,7 @@ __device__ void quantize(const T* x, signed char* q, float* scale, int64 step, i
     __syncthreads();
     for (int i = 0; i < blockDim.x / 32; ++i) top = max(top, tops[i]);
     const bool finite = top < 0x7f800000u;
-    float each = *reinterpret_cast<const float*>(&top) / 127.f;
-    if (each == 0.f) each = 1.f;
+    const float each = fmaxf(*reinterpret_cast<const float*>(&top) / 127.f, 1.17549435e-38f);
     if (threadIdx.x == 0) scale[blockIdx.x] = finite ? each : NAN;
     const float inverse = 1.f / each;
     unsigned* words = reinterpret_cast<unsigned*>(q + int64(blockIdx.x) * padded);

@@ -2,14 +2,15 @@
 
 import torch
 
+SMALLEST_SCALE = 2.0**-126  # its inverse is finite; a row of zeros has it
+
 
 def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x (..., K) -> whole numbers in [-127, 127] (..., K) and scale (..., 1), both fp32."""
     x = x.float()
     if not x.shape[-1]:
         return x, torch.ones(*x.shape[:-1], 1, device=x.device)
-    scale = x.abs().amax(-1, keepdim=True) / 127
-    scale = torch.where(scale != 0, scale, 1.0)
+    scale = (x.abs().amax(-1, keepdim=True) / 127).clamp(min=SMALLEST_SCALE)
     return (x * (1.0 / scale)).round(), scale
 
 
