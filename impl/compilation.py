@@ -94,11 +94,11 @@ class CompiledDecoder(nn.Module):
         return self.companions[-1]
 
     def forward(self, ids: Tensor, positions: Tensor | int | None = None, cache=None,
-                last_only: bool = False) -> Tensor:  # fmt: skip
+                last_only: bool = False, columns: Tensor | None = None) -> Tensor:  # fmt: skip
         narrow = isinstance(positions, Tensor) and ids.shape[1] <= MAX_WIDTH
         if narrow and not last_only and cache is not None and not cache.lockstep:
             return self.step(ids, positions, cache)
-        return self.eager(ids, positions, cache, last_only)
+        return self.eager(ids, positions, cache, last_only, columns)
 
 
 def skinny_products():

@@ -60,10 +60,10 @@ def decode_step(engine: Engine) -> Engine:
     step = DecodeStep(model)
     engine.stats["fused_steps"] = 0
 
-    def forward(ids, positions=None, cache=None, last_only=False):
+    def forward(ids, positions=None, cache=None, last_only=False, columns=None):
         positions = 0 if positions is None else positions
-        if cache is None:
-            return prompt(ids, positions, cache, last_only)
+        if cache is None or columns is not None:
+            return prompt(ids, positions, cache, last_only, columns)
         engine.stats["fused_steps"] += 1
         return step(ids, positions, cache, last_only).to(engine.dtype)
 
@@ -80,7 +80,7 @@ def decode_step(engine: Engine) -> Engine:
         engine.stats["fused_steps"] += max_new_tokens - 1
         return torch.cat((start, rest), 1)
 
-    model.forward = forward
-    engine.undo.callback(lambda: model.__dict__.pop("forward", None))
+    model.forward, model.packs_steps = forward, False
+    engine.undo.callback(lambda: [model.__dict__.pop(n, None) for n in ("forward", "packs_steps")])
     engine.generate = generate
     return engine

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from impl.batching.continuous import serve_continuous
 from impl.batching.replay import Arrivals, Clock
-from impl.batching.schedulers import pad_left, serve_continuous, serve_static
+from impl.batching.schedulers import pad_left, serve_static
 from impl.core import TECHNIQUES, Engine, NotEngaged, Request, StudyError, build, stack
 from impl.fidelity import NEAR_TIE
 from impl.models.decoder import KVCache
@@ -113,10 +114,12 @@ def test_every_request_gets_the_tokens_it_would_get_alone(model, name, trace):
 def test_same_tokens_when_shapes_may_not_change(model, name, trace):
     with serving(model, name, static_cache=True) as engine:
         widths = []
-        engine.model.register_forward_pre_hook(
-            lambda _, args, options: widths.append((args[0].shape, getattr(args[2], "slots", 0)))
-            if args[0].shape[1] == 1 and "last_only" not in options else None, with_kwargs=True
-        )  # fmt: skip
+
+        def see(_, args, options):
+            if args[0].shape[1] == 1 and not {"last_only", "columns"} & options.keys():
+                widths.append((args[0].shape, args[2].slots))
+
+        engine.model.register_forward_pre_hook(see, with_kwargs=True)
         check(model, TRACES[trace], engine.serve(TRACES[trace]))
         if name != "lean_decoder":
             assert len(set(widths)) <= 1, "a decode step changed its shape"
@@ -175,8 +178,7 @@ def test_no_request_is_seen_before_it_arrives(model, serve):
             ids = args[0]
             if ids.shape[1] > 1:  # prompts
                 now = {tuple(r.ids.tolist()) for r in requests if r.arrival_s <= clock.time}
-                for row, positions in zip(ids, rows_of(args[1], ids), strict=True):
-                    prompt = tuple(row[positions < len(row)].tolist())
+                for prompt in prompts_in(ids, args[1], options.get("columns")):
                     assert prompt in now, f"prompt of {len(prompt)} seen at {clock.time}"
             clock.time += 1.0
 
@@ -186,10 +188,16 @@ def test_no_request_is_seen_before_it_arrives(model, serve):
         assert clock.waited > 10, "it did not wait for the fifth request"
 
 
-def rows_of(positions, ids):
-    if isinstance(positions, int):
-        return torch.arange(ids.shape[1]).expand_as(ids) + positions
-    return positions
+def prompts_in(ids, positions, columns):
+    """The prompts of a forward: one a row, padded on the left, or ``columns`` end them in one."""
+    if columns is None:
+        for row, at in zip(ids, positions, strict=True):
+            yield tuple(row[at < len(row)].tolist())
+        return
+    starts = [0, *(columns + 1).tolist()]
+    for start, end in zip(starts, columns.tolist(), strict=False):
+        if positions[0, start] == 0:
+            yield tuple(ids[0, start : end + 1].tolist())
 
 
 def test_a_batch_that_is_not_full_starts_after_the_longest_wait(model):

@@ -5,6 +5,6 @@ takes over, the rows of a step are nearly free.  The schedulers differ in what t
 requests of different lengths come and go.
 """
 
-from . import peers, schedulers
+from . import continuous, peers, schedulers
 
-__all__ = ["peers", "schedulers"]
+__all__ = ["continuous", "peers", "schedulers"]

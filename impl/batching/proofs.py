@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,7 @@ def crowd(engine: Engine) -> list[Request]:
 
 @dataclass
 class Call:
-    """One forward seen from outside: the position that each row's last token stands at."""
+    """A forward (or half of a packed one) from outside: where each request's last token stands."""
 
     decode: bool
     last: list[int]
@@ -33,6 +34,9 @@ def _calls(engine: Engine) -> list[Call]:
 
     def see(_, args, options):
         ids, positions, cache = args
+        if (ends := options.get("columns")) is not None:  # several requests in one row
+            calls.extend(_packed(positions[0].tolist(), ends.tolist()))
+            return
         decode = ids.shape[1] == 1 and "last_only" not in options
         if isinstance(positions, int):
             last = [positions + ids.shape[1] - 1] * len(ids)
@@ -46,6 +50,15 @@ def _calls(engine: Engine) -> list[Call]:
     finally:
         hook.remove()
     return calls
+
+
+def _packed(positions: list[int], ends: list[int]) -> Iterator[Call]:
+    """What one row of tokens is: a step of those that go on, and prompts of those that join."""
+    starts = [0, *(end + 1 for end in ends)]
+    spans = [(positions[start], positions[end]) for start, end in zip(starts, ends, strict=False)]
+    for decode in (True, False):
+        if last := [end for start, end in spans if (start > 0) == decode]:
+            yield Call(decode, last)
 
 
 def _mean_batch(calls: list[Call]) -> float:

@@ -45,6 +45,10 @@ class Arrivals:
             taken.append(self.coming.pop())
         return taken
 
+    def put_back(self, request: Request) -> None:
+        """Hand a request out again, as the next one: there was no room for it."""
+        self.coming.append(request)
+
     def wait(self, count: int = 1, max_wait_s: float = math.inf) -> None:
         """Sleep until ``count`` (or all that are left) have arrived, or one has waited enough."""
         count = min(count, len(self.coming))
@@ -82,14 +86,17 @@ class Meter:
             engine.model.extend_positions(slots)
 
     def forward(self, ids, positions, cache, rows: int = 0, **options) -> torch.Tensor:
-        """Greedy tokens (B, 1) after the last column; ``rows`` of the step's rows are decoding."""
+        """Greedy tokens (B, 1) after the last column, or (B, N) after N ``columns``.
+
+        ``rows`` of the requests in the step are decoding.
+        """
         start = time.perf_counter()
         logits = self.engine.model(ids, positions, cache, **options)
         self.model_s += time.perf_counter() - start
         self.tokens += ids.numel()
         self.steps += bool(rows)
         self.rows += rows
-        return logits[:, -1:].argmax(-1)
+        return (logits if "columns" in options else logits[:, -1:]).argmax(-1)
 
     def report(self, requests: list[Request], clock: Clock) -> None:
         """Fill the engine's ``stats``: shares of what was computed, and of the time."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 
@@ -11,7 +10,7 @@ from impl.core import Engine, Request, Response, technique
 from impl.fidelity import same_tokens
 from impl.machine import finish
 
-from .proofs import joins_while_others_decode, several_per_step
+from .proofs import several_per_step
 from .replay import Arrivals, Clock, Meter, slots_for
 
 
@@ -97,100 +96,3 @@ def pad_left(batch: list[Request], rows: int, spare: int) -> tuple[torch.Tensor,
         ids[row, longest - T :] = r.ids
         positions[row, longest - T :] = torch.arange(T)
     return ids, positions
-
-
-@dataclass
-class Seat:
-    """A request that holds a slot of the cache; ``length`` tokens of it are known."""
-
-    request: Request
-    length: int
-    first_token_s: float
-
-    @property
-    def end(self) -> int:
-        return len(self.request.ids) + self.request.max_new_tokens
-
-
-@technique(phase="schedule", fidelity=same_tokens, needs={"generate", "lean"}, min_batch=2,
-           replaces="scheduler", effect=joins_while_others_decode,
-           peer="peer_generate_batch")  # fmt: skip
-def continuous_batching(engine: Engine) -> Engine:
-    """Admission per step: a finished request's slot goes to the next one at once, nobody waits.
-
-    Rows of the cache are slots at different lengths.  Before each step every request that has
-    arrived and finds a free slot is prefilled, alone and so without padding; then one token is
-    decoded for all.  Helps when lengths differ and requests keep coming.  Does not when a prefill
-    is long: it stops everybody's next token (``chunked_prefill``).
-    Where shapes may change (a growing cache, eager steps) only the rows in use are computed: a
-    freed row takes over the last one, one copy per finished request.  A static cache keeps its
-    width, idle rows writing to a spare slot, so that a compiled step is never compiled again.
-    Source: Yu et al. 2022 (Orca), https://www.usenix.org/conference/osdi22/presentation/yu
-    """
-    limit = engine.model.config.max_positions
-    engine.serve = lambda requests: serve_continuous(engine, requests, limit)
-    return engine
-
-
-@torch.inference_mode()
-def serve_continuous(
-    engine: Engine, requests: list[Request], max_positions: int, clock: Clock | None = None
-) -> list[Response]:
-    """Answers in the order of ``requests``."""
-    if not requests:
-        return []
-    slots, device, B = slots_for(requests, max_positions), engine.device, engine.batch
-    clock, meter, answers = clock or Clock(), Meter(engine, slots), {}
-    arrivals, cache = Arrivals(requests, clock), engine.new_cache(B, slots)
-    compact, rows = cache.lockstep, cache
-    seats: list[Seat | None] = [None] * B  # a compact batch holds its requests in the first rows
-    text = torch.zeros(B, slots, dtype=torch.int64, device=device)  # prompt and answer
-    token = torch.zeros(B, 1, dtype=torch.int64, device=device)  # the newest of each row ...
-    position = torch.full_like(token, slots - 1)  # ... and where it stands; idle: the spare slot
-    live = torch.zeros_like(token)
-
-    def leave(row: int) -> None:
-        seat = seats[row]
-        out = text[row, : seat.end].to(seat.request.ids.device, copy=True)
-        finish(device)
-        answers[seat.request.id] = Response(seat.request.id, out, seat.first_token_s, clock.now())
-        last = sum(s is not None for s in seats) - 1
-        if compact and row != last:
-            cache.copy_row(last, row, seats[last].length)
-            for state in (text, token, position):
-                state[row] = state[last]
-            seats[row], row = seats[last], last
-        seats[row], position[row], live[row] = None, slots - 1, 0
-
-    while arrivals or any(seats):
-        if not any(seats):
-            arrivals.wait()
-        for r in arrivals.take(seats.count(None)):
-            row, T = seats.index(None), len(r.ids)
-            text[row, :T] = r.ids.to(device)
-            if r.max_new_tokens:
-                prompt, alone = text[row : row + 1, :T], cache.narrow(row, 1)
-                token[row] = meter.forward(prompt, 0, alone, last_only=True)[0]
-                text[row, T], position[row], live[row] = token[row, 0], T, 1
-                finish(device)
-            seats[row] = Seat(r, T + min(r.max_new_tokens, 1), clock.now())
-            if seats[row].length == seats[row].end:
-                leave(row)
-        busy = [s for s in seats if s is not None]
-        if not busy:
-            continue
-        width = len(busy) if compact else B
-        if rows.batch != width:
-            rows = cache.narrow(0, width)
-        if compact:
-            rows.slots = max(s.length for s in busy)
-        token[:width] = meter.forward(token[:width], position[:width], rows, len(busy))
-        position += live
-        text.scatter_(1, position, token)
-        for row in reversed(range(B)):
-            if (seat := seats[row]) is not None:
-                seat.length += 1
-                if seat.length == seat.end:
-                    leave(row)
-    meter.report(requests, clock)
-    return [answers[r.id] for r in requests]

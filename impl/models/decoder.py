@@ -253,6 +253,8 @@ class DecoderLayer(nn.Module):
 class LeanDecoder(nn.Module):
     """A decoder-only language model: ids (B, T) int64 -> logits (B, T, V) in the weights' dtype."""
 
+    packs_steps = True  # a step may hold several requests in one row (batching)
+
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.config = config
@@ -305,15 +307,18 @@ class LeanDecoder(nn.Module):
         return x
 
     def forward(self, ids: Tensor, positions: Tensor | int | None = None, cache=None,
-                last_only: bool = False) -> Tensor:  # fmt: skip
-        """Logits (B, T, V), or (B, 1, V) of the last token with ``last_only``.
+                last_only: bool = False, columns: Tensor | None = None) -> Tensor:  # fmt: skip
+        """Logits (B, T, V), (B, 1, V) of the last token with ``last_only``, or of ``columns``.
 
         ids        (B, T) int64
         positions  (B, T) int64, or an int: every row starts there; None is 0
         cache      keys and values of earlier tokens; this call's are written at ``positions`` and
                    a query at position p sees the slots up to p.  None: a full causal forward
+        columns    (N,) int64: logits (B, N, V) of these tokens alone
         """
         x = self.hidden(ids, positions, cache)
+        if columns is not None:
+            x = x[:, columns]
         return self.lm_head(self.norm(x[:, -1:] if last_only else x))
 
 
