@@ -34,6 +34,8 @@ STACKS: tuple[tuple[str, ...], ...] = (
     ("int8_weight_only", "prompt_lookup", "torch_compile"),
     # One C++ call per step instead of a compiled graph: how far does fusing by hand go ...
     ("decode_step", "int8_weight_only"),
+    # Does int8 arithmetic beat int8 storage where nothing but the weights' bytes is left?
+    ("decode_step", "int8_dynamic"),
     # Do weights of half the bytes again make the step twice as fast?
     ("decode_step", "int4_weight_only_g32"),
     # ... and is there anything left for speculation to save?
@@ -41,6 +43,8 @@ STACKS: tuple[tuple[str, ...], ...] = (
     ("decode_step", "int8_weight_only", "prompt_lookup"),
     # Does quantization shorten the steps of a full batch too?
     ("continuous_batching", "int8_weight_only"),
+    # How much of serving is the step, and how much the arithmetic of prompts?
+    ("continuous_batching", "decode_step"),
 )
 
 
@@ -177,7 +181,7 @@ HEADLINE = [
         "torch_compile+prompt_lookup", "decode_step+prompt_lookup",
         "int8_weight_only+torch_compile", "int8_dynamic+torch_compile",
         "int8_weight_only+decode_step", "int8_weight_only+torch_compile+prompt_lookup",
-        "int8_weight_only+decode_step+prompt_lookup",
+        "int8_weight_only+decode_step+prompt_lookup", "int8_dynamic+decode_step",
     )
 ]  # fmt: skip
 
@@ -198,7 +202,7 @@ def in_profile(name: str, techniques: tuple[Technique, ...], model: str, precisi
         own_batch = 1 if SPECS[model].kind == "encoder" else 8
         return batch == own_batch and (baseline or (precision == "fp32" and not weights_compiled))
     if any(t.min_batch > 1 for t in techniques):  # schedulers: a replay of the trace takes seconds
-        return precision == "fp32" and batch == 8 and len(names) == 1
+        return precision == "fp32" and batch == 8 and len(names - {"decode_step"}) == 1
     if precision == "fp32":
         compiles = "torch_compile" in names and len(names) == 2
         return batch == 1 and not (compiles and names & {"prompt_lookup", "draft_model"})
