@@ -76,11 +76,15 @@ def decode_step(engine: Engine) -> Engine:
         T = ids.shape[1]
         lent = engine.new_cache(len(ids), T + max_new_tokens)
         start = generate_stepwise(engine.model, lambda *_: lent, ids, 1, sampling, on_token)
-        rest = step.generate(start[:, -1:], T, max_new_tokens - 1, lent, on_token)
-        engine.stats["fused_steps"] += max_new_tokens - 1
+        rest = greedy_run(start[:, -1:], T, max_new_tokens - 1, lent, on_token)
         return torch.cat((start, rest), 1)
 
-    model.forward, model.packs_steps = forward, False
-    engine.undo.callback(lambda: [model.__dict__.pop(n, None) for n in ("forward", "packs_steps")])
+    def greedy_run(token, position, count, cache, on_token=None):
+        engine.stats["fused_steps"] += count
+        return step.generate(token, position, count, cache, on_token)
+
+    own = {"forward": forward, "packs_steps": False, "greedy_run": greedy_run}
+    model.__dict__.update(own)
+    engine.undo.callback(lambda: [model.__dict__.pop(name, None) for name in own])
     engine.generate = generate
     return engine

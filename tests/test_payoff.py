@@ -74,3 +74,32 @@ def test_the_proof_looks_even_where_guesses_do_not_pay():
     prove = stack("prompt_lookup")[0].effect
     assert "guesses accepted" in prove(engine, lambda: engine.generate(ids, 40))
     assert engine.stats["drafted"]
+
+
+def test_where_steps_are_one_call_plain_ones_are_taken_together():
+    """Eight at a time while a guess may pay, and far more where none ever can."""
+    payoff = Payoff(4)
+    for _ in range(TRIALS):
+        payoff.took(5, 2.0)
+    payoff.took(1, 1.0)
+    assert payoff.patience() == 8, "five tokens for two steps' time"
+    payoff.took(1, 0.4)
+    assert payoff.patience() == 64, "five tokens take the time of five steps"
+    assert Payoff(4).patience() == 8, "nothing is known yet"
+
+
+def test_the_rest_is_one_call_where_no_guess_can_pay():
+    plain, engine = (
+        engine_of(tiny(0), *names) for names in (["decode_step"], ["decode_step", "prompt_lookup"])
+    )
+    ids = prompts(1, 6).repeat(1, 4)
+    drafter, runs, seen = engine.generate.drafter, [], []
+    run = engine.model.greedy_run
+    engine.model.greedy_run = lambda *args: runs.append(args[2]) or run(*args)
+    drafter.took = lambda width, seconds: drafter.payoff.took(width, width**2)
+    engine.generate(ids, 60)  # learns what a guess costs
+    runs.clear()
+    out = engine.generate(ids, 60, on_token=seen.append)
+    assert runs == [59]
+    assert torch.equal(out, plain.generate(ids, 60))
+    assert torch.equal(torch.cat(seen, 1), out[:, ids.shape[1] :])

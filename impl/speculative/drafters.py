@@ -117,6 +117,10 @@ class PromptLookup:
         """A step of ``width`` tokens per row took so long."""
         self.payoff.took(width, seconds)
 
+    def patience(self) -> int:
+        """How many plain steps may be taken at once."""
+        return self.payoff.patience()
+
     def propose(self, emitted: list[list[int]]) -> Proposal | None:
         """Guesses (B, k) after the tokens just emitted; None when no row has one worth its time."""
         for row, tokens in zip(self.rows, emitted, strict=True):

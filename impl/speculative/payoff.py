@@ -29,6 +29,15 @@ class Payoff:
         """A step of ``width`` tokens per row took so long."""
         self.times[width].append(seconds)
 
+    def patience(self, spare: int = 8, hopeless: int = 64) -> int:
+        """Plain steps to take before the text is asked again, where several are one call.
+
+        ``hopeless`` while even k kept guesses would cost more than the plain steps they save.
+        """
+        plain, wide = self.times[1], self.times[self.k + 1]
+        never = plain and len(wide) >= TRIALS and (1 + self.k) * min(plain) <= min(wide)
+        return hopeless if never else spare
+
     def learn(self, kind: Hashable, kept: int) -> None:
         """``kept`` of the k guesses of this kind were what the text went on with."""
         self.kept[kind] += LEARNING_RATE * (kept - self.kept[kind])

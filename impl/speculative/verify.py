@@ -77,21 +77,32 @@ def speculate(engine: Engine, drafter, ids: Tensor, max_new_tokens: int,
         on_token(first)
     drafter.start(ids, length, sampling, rows)
     took = getattr(drafter, "took", None)  # a drafter that weighs the cost of its guesses
+    alone = took is not None and B == 1 and not sampling.temperature
+    run = getattr(model, "greedy_run", None) if alone else None  # plain steps in one call
     texts = first.tolist()  # the new tokens of each row
     emitted = first.tolist()  # those of the last step
     shown, count = 1, Counter(target_steps=0, row_steps=0, drafted=0, accepted=0)
     while (shortest := min(map(len, texts))) < max_new_tokens:
+        began = time.perf_counter()
         # a last place needs no guess: the target's own token fills it
         proposal = drafter.propose(emitted) if shortest < max_new_tokens - 1 else None
         width = 1 if proposal is None else k + 1
         tokens = torch.tensor([text[-1:] for text in texts], device=device)  # (B, 1)
+        if proposal is None and run is not None:
+            steps = min(drafter.patience(), max_new_tokens - shortest)
+            emitted = run(tokens, T + shortest - 1, steps, cache, on_token).tolist()
+            took(1, (time.perf_counter() - began) / steps)
+            count["target_steps"] += steps
+            count["row_steps"] += steps
+            texts[0].extend(emitted[0])
+            shown += steps
+            continue
         if proposal is not None:
             tokens = torch.cat((tokens, proposal.guesses.to(device)), 1)  # (B, k + 1)
         # places past the end are computed and thrown away; they share the last slot, never read
         positions = torch.tensor(
             [[min(at, length - 1) for at in range(T + len(text) - 1, T + len(text) - 1 + width)]
              for text in texts], device=device)  # fmt: skip
-        began = time.perf_counter()
         logits = model(tokens, positions, cache)  # (B, width, V)
         count["target_steps"] += 1
         choices, p, place = None, None, None
