@@ -77,15 +77,15 @@ def test_the_proof_looks_even_where_guesses_do_not_pay():
 
 
 def test_where_steps_are_one_call_plain_ones_are_taken_together():
-    """Eight at a time while a guess may pay, and far more where none ever can."""
+    """Sixteen at a time while a guess may pay, and far more where none ever can."""
     payoff = Payoff(4)
     for _ in range(TRIALS):
         payoff.took(5, 2.0)
     payoff.took(1, 1.0)
-    assert payoff.patience() == 8, "five tokens for two steps' time"
+    assert payoff.patience() == 16, "five tokens for two steps' time"
     payoff.took(1, 0.4)
     assert payoff.patience() == 64, "five tokens take the time of five steps"
-    assert Payoff(4).patience() == 8, "nothing is known yet"
+    assert Payoff(4).patience() == 16, "nothing is known yet"
 
 
 def test_the_rest_is_one_call_where_no_guess_can_pay():

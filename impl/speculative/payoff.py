@@ -29,7 +29,7 @@ class Payoff:
         """A step of ``width`` tokens per row took so long."""
         self.times[width].append(seconds)
 
-    def patience(self, spare: int = 8, hopeless: int = 64) -> int:
+    def patience(self, spare: int = 16, hopeless: int = 64) -> int:
         """Plain steps to take before the text is asked again, where several are one call.
 
         ``hopeless`` while even k kept guesses would cost more than the plain steps they save.
