@@ -85,7 +85,7 @@ def test_where_steps_are_one_call_plain_ones_are_taken_together():
     assert payoff.patience() == 16, "five tokens for two steps' time"
     payoff.took(1, 0.4)
     assert payoff.patience() == 64, "five tokens take the time of five steps"
-    assert Payoff(4).patience() == 16, "nothing is known yet"
+    assert Payoff(4).patience() == 1, "nothing is known yet"
 
 
 def test_the_rest_is_one_call_where_no_guess_can_pay():

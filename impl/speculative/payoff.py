@@ -32,10 +32,13 @@ class Payoff:
     def patience(self, spare: int = 16, hopeless: int = 64) -> int:
         """Plain steps to take before the text is asked again, where several are one call.
 
-        ``hopeless`` while even k kept guesses would cost more than the plain steps they save.
+        One until the cost of a guess is known; ``hopeless`` while even k kept ones would cost
+        more than the plain steps they save.
         """
         plain, wide = self.times[1], self.times[self.k + 1]
-        never = plain and len(wide) >= TRIALS and (1 + self.k) * min(plain) <= min(wide)
+        if len(wide) < TRIALS or not plain:
+            return 1
+        never = (1 + self.k) * min(plain) <= min(wide)
         return hopeless if never else spare
 
     def learn(self, kind: Hashable, kept: int) -> None:
