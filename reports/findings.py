@@ -219,30 +219,29 @@ def bottlenecks_block(runs: Sequence[Run]) -> str:
 
 
 def headline_block(runs: Sequence[Run], repeated: Sequence[Run]) -> str:
-    """What the README prints: worst of fresh processes where there are such runs."""
-    blocks = []
-    for run in repeated or runs:
-        unstable = {
-            ("+".join(c["cell"]["techniques"]), c["cell"]["model"], c["cell"]["precision"],
-             c["cell"]["batch"], c["cell"]["workload"])
-            for c in (run.headline or {}).get("cells", []) if c["unstable"]
-        }  # fmt: skip
-        lines = []
-        for winner in study.winners(run):
-            r, c = winner.record, winner.record.cell
-            shaky = (c.stack, c.model, c.precision, c.batch, c.workload) in unstable
-            lines.append((c.place, f"`{c.stack}`" + (" (unstable)" if shaky else ""),
-                          f"{ratio(r.speedup)} over {r.info['baseline']}", winner.claim,
-                          percent(r.number("limit_fraction")), quality(r)))  # fmt: skip
-        processes = len(run.headline["runs"]) if run.headline else 1
-        how = (
-            f"worst bounds of {processes} fresh processes"
-            if processes > 1
-            else "one process only; `make headline` repeats it"
-        )
-        head = ("workload", "fastest stack", "speed-up, 95 %", "among", "of the limit", "quality")
-        blocks.append(
-            f"On {run.hardware_name}, {run.when[:10]}, commit `{run.commit_short}`, {how}:\n\n"
-            + table(head, lines)
-        )
-    return "\n\n".join(blocks) or NO_RUN
+    """What the README prints: the worst of fresh processes, then what only one has measured."""
+    return "\n\n".join(map(winners_block, [*repeated, *runs])) or NO_RUN
+
+
+def winners_block(run: Run) -> str:
+    """The fastest stacks of a run, and in how many processes they were."""
+    unstable = {
+        ("+".join(c["cell"]["techniques"]), c["cell"]["model"], c["cell"]["precision"],
+         c["cell"]["batch"], c["cell"]["workload"])
+        for c in (run.headline or {}).get("cells", []) if c["unstable"]
+    }  # fmt: skip
+    lines = []
+    for winner in study.winners(run):
+        r, c = winner.record, winner.record.cell
+        shaky = (c.stack, c.model, c.precision, c.batch, c.workload) in unstable
+        lines.append((c.place, f"`{c.stack}`" + (" (unstable)" if shaky else ""),
+                      f"{ratio(r.speedup)} over {r.info['baseline']}", winner.claim,
+                      percent(r.number("limit_fraction")), quality(r)))  # fmt: skip
+    how = "one process only"
+    if run.headline:
+        how = f"worst bounds of {len(run.headline['runs'])} fresh processes (`make headline`)"
+    head = ("workload", "fastest stack", "speed-up, 95 %", "among", "of the limit", "quality")
+    return (
+        f"On {run.hardware_name}, {run.when[:10]}, commit `{run.commit_short}`, {how}:\n\n"
+        + table(head, lines)
+    )

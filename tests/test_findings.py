@@ -44,6 +44,17 @@ def test_findings_replace_the_numbers_and_keep_the_rest(constructed, run_of, fam
     assert written(run, tmp_path) == []  # and again: nothing changes
 
 
+def test_the_readme_shows_repeated_claims_first_and_then_what_one_process_found(
+    constructed, run_of
+):
+    run = run_of(constructed)
+    repeated = run_of({**constructed, "headline": {"runs": ["a", "b", "c"], "cells": []}})
+    first, then = findings.headline_block([run], [repeated]).split("\n\nOn Constructed CPU")
+    assert "worst bounds of 3 fresh processes" in first
+    assert "one process only" in then
+    assert first.count("\n| ") == then.count("\n| ") > 2
+
+
 def test_stale_findings_are_noticed_and_not_touched(constructed, run_of, family_page, tmp_path):
     before = family_page.read_text()
     assert family_page in written(run_of(constructed), tmp_path, check=True)
