@@ -7,6 +7,7 @@ that can move its number (``moves``).  Ids are the same on every machine.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -14,7 +15,7 @@ from itertools import product
 import impl  # registers every technique
 from impl.core import PHASES, TECHNIQUES, StudyError, Technique, members, nearest, stack
 from impl.machine import lacks, memory_bytes
-from impl.models import SPECS, ModelSpec, footprint_bytes
+from impl.models import SPECS, ModelSpec, cut_to_fit, footprint_bytes
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 BATCHES = (1, 8, 32, 64)
@@ -112,13 +113,45 @@ def missing(cell: Cell, spec: ModelSpec, device: str = "cpu") -> str | None:
         return "needs cuda for fp16; CPUs compute it through fp32"
     if reason := spec.lacks():
         return reason
-    want, have = footprint_bytes(spec, cell.precision, cell.batch), memory_bytes(device)
+    have, spec = session_memory(device), fitted(spec, cell, device)
+    want = footprint_bytes(spec, cell.precision, cell.batch, copies=1)
     if want > have:
         return (
             f"needs {want / 1e9:.1f} GB of memory at batch {cell.batch}; {device} has "
             f"{have / 1e9:.1f} GB free: take a smaller --batches or a lower --precisions"
         )
     return None
+
+
+@functools.cache
+def session_memory(device: str) -> int:
+    """Bytes that cells may take on ``device``: what was free when this was asked first."""
+    return memory_bytes(device)
+
+
+def fitted(spec: ModelSpec, cell: Cell, device: str) -> ModelSpec:
+    """The spec of the cell's model, cut where its weights are random and do not fit twice."""
+    return cut_to_fit(spec, cell.precision, cell.batch, session_memory(device))
+
+
+def fits_one_at_a_time(cell: Cell, spec: ModelSpec, device: str) -> bool:
+    """Whether the cell's model and its baseline must take turns in memory.
+
+    Stacks that leave the weights as they are share them; the others hold their own, and
+    ``eager`` at low precision stands beside fp32.
+    """
+    own = any(t.phase in ("train", "compress") or "weights" in t.replaces for t in cell.techniques)
+    want = footprint_bytes(spec, cell.precision, cell.batch, copies=2 if own else 1)
+    if cell.stack == "eager" and cell.precision != "fp32" and fits_in_fp32(cell, spec, device):
+        want += footprint_bytes(spec, "fp32", cell.batch, copies=1)
+    return want > session_memory(device)
+
+
+def fits_in_fp32(cell: Cell, spec: ModelSpec, device: str) -> bool:
+    """Whether the cell's model can be held against itself in fp32: beside it, or in turns."""
+    if spec.layers:  # as many as fit at the cell's precision
+        return cell.precision == "fp32"
+    return footprint_bytes(spec, "fp32", cell.batch, copies=1) <= session_memory(device)
 
 
 # What of the engine a phase writes; every other phase writes the model.

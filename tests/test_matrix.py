@@ -221,7 +221,7 @@ def test_a_missing_package_names_the_extra(register):
 
 
 def test_a_batch_that_cannot_fit_says_both_numbers(monkeypatch):
-    monkeypatch.setattr(matrix, "memory_bytes", lambda device: 2**30)
+    monkeypatch.setattr(matrix, "session_memory", lambda device: 2**30)
     cell = Cell(stack("eager"), "llama_8b", "fp32", 64)
     why = matrix.missing(cell, SPECS["llama_8b"])
     assert "GB of memory at batch 64; cpu has 1.1 GB free" in why

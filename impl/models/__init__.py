@@ -7,6 +7,7 @@ read off ``config.json`` for a user's checkpoint (``spec_of``).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import re
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 WEIGHTS = Path(__file__).parent / "weights"
+LAYER_STEP = 4  # layers are taken off a model that does not fit by so many
 
 # model_type of config.json -> what we do with it
 LEAN_DECODERS = ("llama", "mistral", "mixtral", "qwen2", "qwen3")
@@ -44,6 +46,7 @@ class ModelSpec:
     source          ``shipped``, ``rescaled``, ``random``, ``package`` or ``checkpoint``
     path            folder or hub id of a user's checkpoint
     text, data      the user's own file or folder to measure quality on
+    layers          how many of its layers are left, where all would not fit (``cut_to_fit``)
     """
 
     name: str
@@ -57,11 +60,21 @@ class ModelSpec:
     path: str | None = None
     text: str | None = None
     data: str | None = None
+    layers: int | None = None
 
     @property
     def config(self) -> dict[str, Any]:
         """The model's transformers config as a dictionary (a new one each time)."""
-        return json.loads(_config_text(self.name, self.source, self.path))
+        config = json.loads(_config_text(self.name, self.source, self.path))
+        return config | ({"num_hidden_layers": self.layers} if self.layers else {})
+
+    @property
+    def size_note(self) -> str:
+        """' (8 of 32 layers)' of a model that is cut, else nothing."""
+        if not self.layers:
+            return ""
+        whole = dataclasses.replace(self, layers=None).config["num_hidden_layers"]
+        return f" ({self.layers} of {whole} layers)"
 
     def lacks(self) -> str | None:
         """What is missing here to load it, as a sentence, or None."""
@@ -256,14 +269,34 @@ def load(model: str | ModelSpec, dtype: torch.dtype, device: str | torch.device 
     return spec, module.to(device).eval().requires_grad_(False)
 
 
-def footprint_bytes(spec: ModelSpec, precision: str, batch: int, context: int = 1024) -> int:
+def footprint_bytes(
+    spec: ModelSpec, precision: str, batch: int, context: int = 1024, *, copies: int = 2
+) -> int:
     """Bytes that a cell of this model takes: the model and its baseline, side by side.
 
-    Weights twice, for a decoder the keys and values of ``context`` tokens per row and fp32 logits
-    of a prompt of that length, else activations per input as a multiple of its widest layer.
+    Weights ``copies`` times, for a decoder twice the keys and values of ``context`` tokens per row
+    and fp32 logits of a prompt of that length, else activations per input as a multiple of its
+    widest layer.
     """
     from . import costs
 
     size = 4 if precision == "fp32" else 2
     per_row = costs.activation_bytes(spec, context, size)
-    return 2 * (costs.parameters(spec) * size + batch * per_row)
+    return copies * costs.parameters(spec) * size + 2 * batch * per_row
+
+
+def cut_to_fit(spec: ModelSpec, precision: str, batch: int, have: int) -> ModelSpec:
+    """A decoder of random weights with fewer layers of the same shapes, so that a cell fits.
+
+    ``have`` bytes hold the model twice.  Its layers are alike, so what a technique does to a step
+    shows in a few of them; their number is a multiple of ``LAYER_STEP``, lest it follow every
+    change of the free memory.  Unchanged where all layers fit, or not even so few.
+    """
+    if spec.kind != "decoder" or not spec.random_weights or spec.layers:
+        return spec
+    whole = spec.config["num_hidden_layers"]
+    for layers in (whole, *range((whole - 1) // LAYER_STEP * LAYER_STEP, 0, -LAYER_STEP)):
+        cut = dataclasses.replace(spec, layers=None if layers == whole else layers)
+        if footprint_bytes(cut, precision, batch) <= have:
+            return cut
+    return spec

@@ -36,7 +36,7 @@ class Checks:
         self._done: dict[tuple, Any] = {}
 
     def size(self, cell: Cell) -> Size:
-        return workloads.size_of(cell, self.pool.specs[cell.model], self.selection.size)
+        return workloads.size_of(cell, self.pool.spec(cell), self.selection.size)
 
     def once(self, what: str, cell: Cell, check):
         """The result of ``check()``, or the failure it ended in, remembered."""
@@ -107,7 +107,7 @@ class Checks:
 
     def near(self, cell: Cell, output: torch.Tensor, inputs) -> float:
         """dB between the output of a forward and eager's; raises below what the stack promises."""
-        spec = self.pool.specs[cell.model]
+        spec = self.pool.spec(cell)
         fidelity = loosest(t.fidelity for t in members(cell.techniques, spec.needs))
         limit = ROUNDING_DB[_noise_precision(cell)]
         if fidelity.kind == "close":
@@ -148,7 +148,7 @@ class Checks:
         Measured by forwards of a shape of its own, so once for all batches, and once for all
         stacks that differ only in how they decode or schedule: `same_output` holds those.
         """
-        spec = self.pool.specs[cell.model]
+        spec = self.pool.spec(cell)
         rewrites = [t.name for t in cell.techniques if matrix.slots_of(t) & {"model", "cache"}]
         lean = "lean" in spec.needs and all(t.host == "lean" for t in cell.techniques)
         of = rewrites or (["lean_decoder"] if lean else ["eager"])
@@ -165,7 +165,9 @@ class Checks:
         applied = members(cell.techniques, engine.spec.needs)
         budgets = loosest(t.fidelity for t in applied).budgets
         precision = cell.precision
-        if [t.name for t in cell.techniques] == ["eager"]:
+        if [t.name for t in cell.techniques] == ["eager"] and matrix.fits_in_fp32(
+            cell, engine.spec, self.device
+        ):
             precision = "fp32"  # what low precision itself costs
             budgets = {"perplexity": 0.01, "accuracy": 0.01, "cosine": 0.01}
         reference = self.pool.get(stack("eager"), cell, precision).engine

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from reports import schema
-from tests.plugins import machine, memory, ncu, sampler, tokens, trace
+from tests.plugins import blocks, machine, memory, ncu, sampler, tokens, trace
 from tests.plugins.journal import entry_of
 from tests.plugins.sampler import Call, DoesNotFit, Host, Limits, Rounds
 from tests.plugins.study import SEED, Study
@@ -77,6 +77,7 @@ class Bench:
         outputs: Sequence[Any] = (),
         extra: Mapping[str, Any] | Callable[[], Mapping[str, Any]] = {},  # noqa: B006
         traced: Callable[[], Any] | None = None,
+        take_turns: bool = False,
     ) -> Record:
         """Check, time and file one cell; returns its record.
 
@@ -106,6 +107,8 @@ class Bench:
         extra       further keys of the schema (``accept_rate``, ``p50_ms``, ...), or a callable
                     evaluated after sampling
         traced      what ``--save-trace`` runs; default: the variant on the first input
+        take_turns  the sides do not fit into memory together: a call builds what is not there,
+                    so each is called once untimed, and rounds are of blocks
 
         Raises AssertionError when a check fails; skips the test, with its estimate as the
         reason, when six pairs do not fit the session.
@@ -148,6 +151,8 @@ class Bench:
 
         # 4: memory, the variant alone
         self.study.begin_timing()
+        if take_turns:
+            variant(inputs[0])
         info["peak_bytes"] = memory.peak_bytes(
             lambda: variant(inputs[0]), cell["device"], weight_bytes or 0
         )
@@ -168,9 +173,11 @@ class Bench:
         if found is not None:
             info["sampled_with"], rounds = found
         else:
-            rounds = self._sample(calls, inputs, watch, known)
+            rounds = self._sample(calls, inputs, watch, known, take_turns)
             self.study.rounds.keep(cell, timing, stacks, rounds)
         self.sampling_s, self.pairs = time.perf_counter() - began, len(rounds)
+        if take_turns:
+            variant(inputs[0])
         if timing == "event":
             _check_hidden_work(variant, inputs, device)
         if on_cuda:
@@ -211,8 +218,9 @@ class Bench:
         return self._file(info, rounds)
 
     def _sample(
-        self, calls: dict[str, Call], inputs: Sequence[Any], watch: Any, known: dict[str, float]
-    ) -> Rounds:
+        self, calls: dict[str, Call], inputs: Sequence[Any], watch: Any, known: dict[str, float],
+        take_turns: bool,
+    ) -> Rounds:  # fmt: skip
         budget, name = self.study.budget, self.node.nodeid
         limits = Limits(
             seconds=budget.share(name),
@@ -222,7 +230,15 @@ class Bench:
             known=known,
         )
         try:
-            return sampler.sample_rounds(calls, inputs, watch, limits, SEED)
+            if not take_turns:
+                return sampler.sample_rounds(calls, inputs, watch, limits, SEED)
+            yardstick = blocks.matmul_yardstick(self.study.device)
+            rounds, dropped = blocks.sample_blocks(calls, inputs, watch, limits, yardstick, SEED)
+            self.study.marks.append(
+                f"{name}: no two of its models fit, so they took turns in memory; {dropped} rounds "
+                "dropped because the machine drifted"
+            )
+            return rounds
         except DoesNotFit as error:
             pytest.skip(f"{error}; raise --bench-budget or name this cell")
 

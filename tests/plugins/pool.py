@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from impl.core import Engine, Technique, build
 from impl.machine import memory_bytes
-from impl.models import costs, load
+from impl.models import ModelSpec, costs, load
+from tests import matrix
 from tests.matrix import Cell
 
 KEEP_SHARE = 1 / 16  # of the memory: engines kept for later cells
@@ -29,6 +30,35 @@ class Built:
     load_s: float
 
 
+class Recalled:
+    """An engine that is in memory only while it is used: another takes its place in between.
+
+    ``recall()`` gives the engine, built anew when it had to leave.  It must not be kept, nor
+    anything of it but ``stats``.
+    """
+
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: str, batch: int, recall):
+        self.spec, self.dtype, self.device, self.batch = spec, dtype, torch.device(device), batch
+        self.recall, self.stats = recall, {}
+
+    def _engine(self) -> Engine:
+        engine = self.recall()
+        self.stats = engine.stats
+        return engine
+
+    def __getattr__(self, name: str):
+        return getattr(self._engine(), name)  # model, new_cache, undo
+
+    def forward(self, inputs):
+        return self._engine().forward(inputs)
+
+    def generate(self, *args, **options):
+        return self._engine().generate(*args, **options)
+
+    def serve(self, requests):
+        return self._engine().serve(requests)
+
+
 class Weights:
     """Models as loaded: each engine's own, unless so large that all of its engines share one.
 
@@ -37,41 +67,41 @@ class Weights:
     again on a model of its own.
     """
 
-    def __init__(self, specs, device: str):
-        self.specs, self.device = specs, device
-        self._shared: dict[tuple[str, str], tuple[nn.Module, list[Tensor]]] = {}
+    def __init__(self, device: str):
+        self.device = device
+        self._shared: dict[tuple[ModelSpec, str], tuple[nn.Module, list[Tensor]]] = {}
 
-    def are_shared(self, model: str, precision: str) -> bool:
+    def are_shared(self, spec: ModelSpec, precision: str) -> bool:
         """Whether the engines of this model hold its weights together."""
-        size = costs.parameters(self.specs[model]) * DTYPES[precision].itemsize
+        size = costs.parameters(spec) * DTYPES[precision].itemsize
         return size > SHARE_FROM * memory_bytes(self.device)
 
-    def load(self, model: str, precision: str) -> nn.Module:
+    def load(self, spec: ModelSpec, precision: str) -> nn.Module:
         """The model afresh."""
-        return load(self.specs[model], DTYPES[precision], self.device)[1]
+        return load(spec, DTYPES[precision], self.device)[1]
 
-    def borrow(self, model: str, precision: str) -> nn.Module:
+    def borrow(self, spec: ModelSpec, precision: str) -> nn.Module:
         """The model, its parameters in memory that other engines read too."""
-        key = model, precision
+        key = spec, precision
         if key not in self._shared:
-            loaded = self.load(model, precision)
+            loaded = self.load(spec, precision)
             self._shared[key] = loaded, checksums(loaded)
         return alias(self._shared[key][0])
 
-    def restore(self, model: str, precision: str) -> nn.Module | None:
+    def restore(self, spec: ModelSpec, precision: str) -> nn.Module | None:
         """Undo what was written into the shared weights; then, a model to write into."""
-        loaded, sums = self._shared[model, precision]
+        loaded, sums = self._shared[spec, precision]
         if all(map(torch.equal, checksums(loaded), sums)):
             return None
-        afresh = self.load(model, precision)
+        afresh = self.load(spec, precision)
         with torch.no_grad():
             for ours, right in zip(loaded.parameters(), afresh.parameters(), strict=True):
                 ours.data.copy_(right)
         return afresh
 
-    def keep_only(self, model: str) -> None:
-        """Let go of other models."""
-        for key in [key for key in self._shared if key[0] != model]:
+    def keep_only(self, spec: ModelSpec | None = None, precision: str | None = None) -> None:
+        """Let go of other models, and of this one at another precision."""
+        for key in [key for key in self._shared if key != (spec, precision)]:
             del self._shared[key]
 
 
@@ -97,37 +127,56 @@ class Pool:
 
     def __init__(self, specs, device: str):
         self.specs, self.device = specs, device
-        self.weights = Weights(specs, device)
+        self.weights = Weights(device)
+        self.one_at_a_time = False  # of the current cell: two of its engines do not fit
         self._built: dict[tuple, Built] = {}
+        self._recalled: dict[tuple, Built] = {}
+
+    def spec(self, cell: Cell) -> ModelSpec:
+        """The spec of the cell's model, with as many layers as fit this machine."""
+        return matrix.fitted(self.specs[cell.model], cell, self.device)
 
     def get(self, techniques: tuple[Technique, ...], cell: Cell,
             precision: str | None = None) -> Built:  # fmt: skip
         """The engine of this stack on the cell's workload (at ``precision`` if given)."""
-        precision = precision or cell.precision
+        precision, spec = precision or cell.precision, self.spec(cell)
         names = tuple(t.name for t in techniques)
         plain = names in (("eager",), ("lean_decoder",))  # nothing prepared for a batch
         batch = 0 if plain else cell.batch
-        key = names, cell.model, precision, batch
+        key = names, spec, precision, batch
+        if not self.one_at_a_time:
+            return self._get(key, techniques, cell)
+        if key not in self._recalled:
+            build = self._get(key, techniques, cell)
+            engine = Recalled(spec, DTYPES[precision], self.device, cell.batch,
+                              lambda: self._get(key, techniques, cell).engine)  # fmt: skip
+            self._recalled[key] = Built(engine, build.load_s)
+        return self._recalled[key]
+
+    def _get(self, key: tuple, techniques, cell: Cell) -> Built:
         if key not in self._built:
-            self._built[key] = self._build(techniques, cell, precision)
+            if self.one_at_a_time:
+                self.close_all()
+                self.weights.keep_only()
+            self._built[key] = self._build(techniques, cell, key[2])
         return self._built[key]
 
     def _build(self, techniques, cell: Cell, precision: str) -> Built:
-        model, weights = cell.model, self.weights
+        spec, weights = self.spec(cell), self.weights
         start = time.perf_counter()
-        if not weights.are_shared(model, precision):
-            engine = self._apply(techniques, cell, precision, weights.load(model, precision))
+        if self.one_at_a_time or not weights.are_shared(spec, precision):
+            engine = self._apply(techniques, cell, precision, weights.load(spec, precision))
         else:
-            engine = self._apply(techniques, cell, precision, weights.borrow(model, precision))
-            if own := weights.restore(model, precision):
+            engine = self._apply(techniques, cell, precision, weights.borrow(spec, precision))
+            if own := weights.restore(spec, precision):
                 engine.undo.close()
                 start = time.perf_counter()
                 engine = self._apply(techniques, cell, precision, own)
         return Built(engine, time.perf_counter() - start)
 
     def _apply(self, techniques, cell: Cell, precision: str, model: nn.Module) -> Engine:
-        spec, device = self.specs[cell.model], torch.device(self.device)
-        engine = Engine(spec, model, DTYPES[precision], device, cell.batch)
+        device = torch.device(self.device)
+        engine = Engine(self.spec(cell), model, DTYPES[precision], device, cell.batch)
         with torch.inference_mode():
             try:
                 return build(engine, techniques)
@@ -141,9 +190,13 @@ class Pool:
         An engine that a later cell is measured against need not be built, or compiled, again.
         """
         needed = {t.name for t in cell.techniques} | {"eager", "lean_decoder"}
-        for key in [key for key in self._built if key[1] != cell.model]:
-            self.close(key)
-        self.weights.keep_only(cell.model)
+        spec, large = self.spec(cell), self.weights.are_shared(self.spec(cell), cell.precision)
+        self.one_at_a_time = matrix.fits_one_at_a_time(cell, spec, self.device)
+        self._recalled.clear()
+        for key in list(self._built):
+            if key[1] != spec or (large and key[2] != cell.precision):
+                self.close(key)
+        self.weights.keep_only(spec, cell.precision)
         spare = [key for key in self._built if not set(key[0]) <= needed]
         while spare and self.resident_bytes() > KEEP_SHARE * memory_bytes(self.device):
             self.close(spare.pop(0))

@@ -45,7 +45,7 @@ def opponents(cell: Cell, spec, device: str, selection: matrix.Selection) -> Opp
     baseline = cell.of("eager")
     last = cell.techniques[-1]
     if cell.stack == "eager":
-        low = cell.precision != "fp32"
+        low = cell.precision != "fp32" and matrix.fits_in_fp32(cell, spec, device)
         return Opponents(baseline, baseline if low else None, None, "fp32" if low else None)
     without = None
     if len(cell.techniques) > 1:
@@ -70,7 +70,7 @@ class Study:
     def __init__(self, cell: Cell, checks: Checks, evidence: Evidence, device: str):
         self.cell, self.checks, self.evidence, self.device = cell, checks, evidence, device
         self.pool = checks.pool
-        self.spec = self.pool.specs[cell.model]
+        self.spec = self.pool.spec(cell)
         self.size = checks.size(cell)
         self.opponents = opponents(cell, self.spec, device, checks.selection)
         self.answer: torch.Tensor | None = None  # the tokens checked last
@@ -154,8 +154,9 @@ class Study:
                 "precision": self.cell.precision,
                 "batch": self.cell.batch,
                 "device": self.device,
-                "workload": workload,
+                "workload": workload + self.spec.size_note,
             },
+            "take_turns": self.pool.one_at_a_time,
             "effect": self.evidence.effect,
             "quality": self.evidence.quality,
             "load_s": self.pool.get(self.cell.techniques, self.cell).load_s,
