@@ -142,7 +142,7 @@ def quality_change(metric: dict[str, Any]) -> str:
     value, delta, error = (metric.get(key) for key in ("value", "delta", "stderr"))
     if delta is None:
         return ""
-    if value is not None and abs(delta) <= ROUNDING * abs(value):
+    if value is not None and max(abs(delta), error or 0.0) <= ROUNDING * abs(value):
         return "unchanged"
     if not error:
         return f"{delta:+.3g}"

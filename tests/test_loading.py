@@ -125,6 +125,7 @@ def test_an_output_folder_that_is_a_file_is_refused(small, tmp_path, capsys):
         (-25.0, 3.0, "-25.0 ± 3.0"),
         (-9.62e-07, 6e-07, "unchanged"),
         (0.0, 0.0, "unchanged"),
+        (3e-06, 0.0052, "+0.0000 ± 0.0052"),  # the mean is the same, the tokens are not
         (0.5, None, "+0.5"),
         (None, None, ""),
     ],
