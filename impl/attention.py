@@ -1,4 +1,4 @@
-"""softmax(q k^T) v: how the scores of a prompt are kept out of memory."""
+"""softmax(q k^T) v: how scores are kept out of memory, and the cache is read once."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .core import Engine, NotEngaged, technique
 from .fidelity import same_tokens
+from .fusion.norms import in_dtype
+from .fusion.proofs import operators_of, operators_of_a_step, remember
 
 PROMPT = 24  # tokens of the prompt that the proof looks into
 
@@ -54,7 +56,8 @@ def _prompts_use_our_operator(engine: Engine, run) -> str:
 
 
 @technique(phase="replace", needs={"generate", "lean", "attention"}, requires={"compiler"},
-           fidelity=same_tokens, effect=_prompts_use_our_operator)  # fmt: skip
+           replaces="prompt attention", fidelity=same_tokens,
+           effect=_prompts_use_our_operator)  # fmt: skip
 def flash_attention(engine: Engine) -> Engine:
     """bytes of attention = q, k, v and y, O(T) where the scores are O(T^2): ours for prompts.
 
@@ -87,5 +90,87 @@ def flash_attention(engine: Engine) -> Engine:
 
     for layer in engine.model.layers:
         layer.attention.attend = replaced(layer.attention)
+        engine.undo.callback(layer.attention.__dict__.pop, "attend", None)
+    return engine
+
+
+# ---- decode steps ------------------------------------------------------------------------
+
+STEP = "study::decode_attention"
+
+
+def _steps_read_their_spans(engine: Engine, run) -> str:
+    """Every layer of a step dispatches our operator, none SDPA's, and ``run``'s steps do too."""
+    layers = engine.model.config.num_layers
+    step = operators_of_a_step(engine)
+    others = sum(n for name, n in step.items() if "scaled_dot_product" in name)
+    if step[STEP] != layers or others:
+        raise NotEngaged(
+            f"a step of {layers} layers dispatches {step[STEP]} decode_attention and "
+            f"{others} operators of another attention"
+        )
+    run()  # whatever is compiled is compiled now
+    calls = operators_of(run)[STEP]
+    if not calls:
+        raise NotEngaged("the canonical call ran no step through decode_attention")
+    before = engine.stats["unfused"]["decode_attention"].total()
+    return (
+        f"all {layers} layers of a step dispatch decode_attention, {calls} in one run; "
+        f"{step.total()} operators a step, {before} with SDPA"
+    )
+
+
+def slots_seen(positions, tokens: int, cache) -> torch.Tensor | None:
+    """(B,) int64: how many of the slots that ``cache.update`` returns each row's query sees.
+
+    None where ``decode_attention`` does not take over: prompts, caches that are no rows of slots,
+    and a window within rows that stand at different lengths.
+    """
+    from .models.kv_cache import GrowingCache, KVCache
+
+    if tokens != 1 or type(cache) not in (KVCache, GrowingCache):
+        return None
+    if isinstance(positions, torch.Tensor):
+        return None if cache.window else positions[:, -1] + 1
+    seen = min(positions + 1, cache.window or positions + 1)
+    return torch.full((cache.batch,), seen, device=cache.rows.device)
+
+
+@technique(phase="replace", needs={"generate", "lean", "attention"}, requires={"compiler"},
+           replaces="step attention", fidelity=same_tokens,
+           effect=_steps_read_their_spans)  # fmt: skip
+def decode_attention(engine: Engine) -> Engine:
+    """time = bytes of the slots in use / bandwidth: a step reads each row's span of the cache once.
+
+    The one query of each row goes through ``kernels``' decode_attention, which is given how many
+    slots its row uses: no mask is made, no slot beyond them is read, the queries of a group share
+    one read of their keys, and the keys are split over the threads.  Prompts stay as they are.
+    Helps long contexts, grouped heads, and above all a preallocated cache, all of whose slots
+    torch's scaled_dot_product_attention reads under a mask.  Does not at short contexts, where a
+    step's attention is a few percent of its weights.
+    Source: Dao et al. 2023, https://pytorch.org/blog/flash-decoding
+    """
+    from kernels.decode_attention import decode_attention as over_spans
+
+    model = engine.model
+    plain_mask = model.mask
+    remember(engine, "decode_attention")
+
+    def mask(positions, x, cache=None):
+        seen = slots_seen(positions, x.shape[1], cache)
+        return plain_mask(positions, x, cache) if seen is None else seen
+
+    def replaced(plain):
+        def attend(q, k, v, mask):
+            if mask is None or mask.dtype != torch.int64:
+                return plain(q, k, v, mask)
+            return over_spans(in_dtype(q, k), k, v, mask)
+
+        return attend
+
+    model.mask = mask
+    engine.undo.callback(model.__dict__.pop, "mask", None)
+    for layer in model.layers:
+        layer.attention.attend = replaced(layer.attention.attend)
         engine.undo.callback(layer.attention.__dict__.pop, "attend", None)
     return engine

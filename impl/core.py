@@ -27,8 +27,10 @@ if TYPE_CHECKING:  # importing torch takes two seconds; listing techniques must 
 PHASES = ("load", "train", "compress", "replace", "place", "compile", "decode", "schedule",
           "capture")  # fmt: skip
 NEEDS = frozenset({"generate", "linear", "conv", "attention", "experts", "classify", "embed",
-                   "lean", "unaligned", "draft"})  # fmt: skip
-SLOTS = frozenset({"host", "weights", "activations", "cache", "decode", "scheduler", "compiler"})
+                   "lean", "unaligned", "draft", "qkv", "gelu"})  # fmt: skip
+SLOTS = frozenset({"host", "weights", "activations", "cache", "decode", "scheduler", "compiler",
+                   "prompt attention", "step attention", "norms", "qkv", "mlp",
+                   "head"})  # fmt: skip
 
 
 class StudyError(ValueError):

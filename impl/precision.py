@@ -144,7 +144,8 @@ def _islands_in_fp32(engine: Engine, run) -> str:
     )
 
 
-@technique(phase="replace", precisions=("bf16", "fp16"), fidelity=ROUNDED_TO_BF16,
+@technique(phase="replace", precisions=("bf16", "fp16"), replaces=("norms", "head"),
+           fidelity=ROUNDED_TO_BF16,
            effect=_islands_in_fp32)  # fmt: skip
 def mixed_precision(engine: Engine) -> Engine:
     """Weights and products in bf16 or fp16, with islands of fp32: norms, and the logits.
@@ -272,7 +273,8 @@ def _every_dimension_is_a_multiple(engine: Engine, run) -> str:
     return f"{len(used)} padded linears ran; {name} {shape} is {list(module.weight.shape)}"
 
 
-@technique(phase="replace", needs={"unaligned"}, fidelity=same_tokens,
+@technique(phase="replace", needs={"unaligned"}, replaces=("qkv", "mlp", "head"),
+           fidelity=same_tokens,
            effect=_every_dimension_is_a_multiple)  # fmt: skip
 def aligned_shapes(engine: Engine) -> Engine:
     """[x 0] @ [W 0; 0 0]^T = [y 0]: linears padded with zeros to multiples of 64, outputs cut.

@@ -42,6 +42,8 @@ STACKS: tuple[tuple[str, ...], ...] = (
     # ... and is there anything left for speculation to save?
     ("decode_step", "prompt_lookup"),
     ("decode_step", "int8_weight_only", "prompt_lookup"),
+    # How far does joining operators by hand, in Python, go against a compiler?
+    ("decode_attention", "flash_attention", "fused_mlp", "fused_norm", "fused_qkv"),
     # Does quantization shorten the steps of a full batch too?
     ("continuous_batching", "int8_weight_only"),
     # How much of serving is the step, and how much the arithmetic of prompts?

@@ -80,7 +80,7 @@ def test_footprint_grows_with_batch_and_precision():
 def test_needs_of_a_checkpoint_are_read_off_its_config(tmp_path, case, more):
     spec = spec_of(str(checkpoint(tmp_path / case, case)))
     assert spec.kind == "decoder"
-    assert spec.needs == {"generate", "lean", "linear", "attention"} | more
+    assert spec.needs == {"generate", "lean", "linear", "attention", "qkv"} | more
     assert spec.source == "checkpoint"
     assert not spec.random_weights
 
@@ -131,7 +131,7 @@ def test_gpt2_runs_on_transformers_with_plain_linears(tmp_path):
 
 def test_encoder_checkpoint_gives_unit_vectors(tmp_path):
     spec, model = load(str(encoder(tmp_path / "bert")), torch.float32)
-    assert (spec.kind, spec.needs) == ("encoder", {"linear", "attention", "embed"})
+    assert (spec.kind, spec.needs) == ("encoder", {"linear", "attention", "embed", "qkv", "gelu"})
     with torch.inference_mode():
         ids = torch.randint(1, 50, (3, 7))
         out = model(ids)

@@ -39,7 +39,8 @@ class ModelSpec:
     needs           what techniques may ask of it: ``generate``, ``lean`` (the lean decoder runs
                     it), ``linear``, ``conv``, ``attention``, ``experts``, ``classify``, ``embed``,
                     ``unaligned`` (sizes that are no multiple of 64), ``draft`` (lm_draft speaks
-                    its tokens)
+                    its tokens), ``qkv`` (three linears side by side make q, k and v), ``gelu``
+                    (a linear with GELU behind it)
     metrics         the quality figures measured, the headline first; none for random weights
     random_weights  seeded random weights at real shapes: speed and memory only
     auxiliary       serves other models (a draft); no cells of its own
@@ -93,7 +94,8 @@ class ModelSpec:
         return None
 
 
-_DECODER = frozenset({"generate", "lean", "linear", "attention"})
+_DECODER = frozenset({"generate", "lean", "linear", "attention", "qkv"})
+_BERT = frozenset({"linear", "attention", "embed", "qkv", "gelu"})
 _CONV_NET = frozenset({"conv", "linear", "classify", "unaligned"})  # 10 and 1000 classes
 _LANGUAGE = ("perplexity", "kl", "top1_agreement", "completion")
 
@@ -136,15 +138,14 @@ SPECS: dict[str, ModelSpec] = {
                   source="rescaled"),
         ModelSpec("digits_resnet", "classifier", _CONV_NET,
                   "transformers' ResNet trained here on scikit-learn's digits", ("accuracy",)),
-        ModelSpec("minilm", "encoder", frozenset({"linear", "attention", "embed"}),
-                  "all-MiniLM-L6-v2 with its pretrained weights", ("cosine", "retrieval"),
-                  source="package"),
+        ModelSpec("minilm", "encoder", _BERT, "all-MiniLM-L6-v2 with its pretrained "
+                  "weights", ("cosine", "retrieval"), source="package"),
         ModelSpec("llama_1b", "decoder", _DECODER, "the shape of Llama 3.2 1B, random weights",
                   random_weights=True, source="random"),
         ModelSpec("llama_8b", "decoder", _DECODER, "the shape of Llama 3.1 8B, random weights",
                   random_weights=True, source="random"),
-        ModelSpec("bert_base", "encoder", frozenset({"linear", "attention", "embed"}),
-                  "the shape of BERT base, random weights", random_weights=True, source="random"),
+        ModelSpec("bert_base", "encoder", _BERT, "the shape of BERT base, random weights",
+                  random_weights=True, source="random"),
         ModelSpec("resnet50", "classifier", _CONV_NET,
                   "the shape of ResNet-50, random weights", random_weights=True, source="random"),
     )
@@ -220,6 +221,9 @@ def capabilities(config: dict[str, Any], where: str) -> tuple[str, frozenset[str
         return "decoder", frozenset({"generate", "linear", "attention"} | odd)
     if model_type in ENCODERS:
         needs = {"linear", "attention", "embed"}
+        if model_type in ("bert", "roberta"):  # transformers' modules of these names and forms
+            gelu = str(config.get("hidden_act", "gelu")).startswith("gelu")
+            needs |= {"qkv", "gelu"} if gelu else {"qkv"}
         return "encoder", frozenset(
             needs | ({"unaligned"} if any(s % 64 for s in aligned) else set())
         )

@@ -12,6 +12,7 @@ lengths or when shapes must not change from step to step.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -172,9 +173,8 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, mask=None, cache=None, positions=0):
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, Hkv, T, D)
+        q, k, v = (part.view(B, T, -1, self.head_dim) for part in self.project(x))
+        v = v.transpose(1, 2)  # (B, Hkv, T, D)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q = rotate(q, cos, sin).transpose(1, 2)  # (B, H, T, D)
@@ -183,6 +183,10 @@ class Attention(nn.Module):
             k, v = cache.update(self.layer, k, v, positions)  # (B, Hkv, S, D)
         out = self.attend(q, k, v, mask)  # (B, H, T, D)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, T, H D), keys and values (B, T, Hkv D) of the tokens."""
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """softmax(q k^T / sqrt(D)) v; no mask is plain causal, or one query that sees all keys."""
@@ -301,16 +305,21 @@ class LeanDecoder(nn.Module):
                 self.extend_positions(positions + T)
             cos, sin = self.cos[positions : positions + T], self.sin[positions : positions + T]
         x = self.embed(ids)
-        if cache is not None:
-            mask = cache.mask(positions, T, x.dtype)
-        else:
-            mask = causal_mask(T, T, self.config.sliding_window, x)
+        mask = self.mask(positions, x, cache)
         for layer in self.layers:
             x = layer(x, cos, sin, mask, cache, positions)
         return x
 
+    def mask(self, positions: Tensor | int, x: Tensor, cache=None) -> Tensor | None:
+        """What ``attend`` is told of who sees whom among tokens x (B, T, C); once per call."""
+        T = x.shape[1]
+        if cache is None:
+            return causal_mask(T, T, self.config.sliding_window, x)
+        return cache.mask(positions, T, x.dtype)
+
     def forward(self, ids: Tensor, positions: Tensor | int | None = None, cache=None,
-                last_only: bool = False, columns: Tensor | None = None) -> Tensor:  # fmt: skip
+                last_only: bool = False, columns: Tensor | None = None,
+                head: Callable[[Tensor], Tensor] | None = None) -> Tensor:  # fmt: skip
         """Logits (B, T, V), (B, 1, V) of the last token with ``last_only``, or of ``columns``.
 
         ids        (B, T) int64
@@ -318,11 +327,12 @@ class LeanDecoder(nn.Module):
         cache      keys and values of earlier tokens; this call's are written at ``positions`` and
                    a query at position p sees the slots up to p.  None: a full causal forward
         columns    (N,) int64: logits (B, N, V) of these tokens alone
+        head       what is made of the last hidden states (B, N, C) in place of logits
         """
         x = self.hidden(ids, positions, cache)
         if columns is not None:
             x = x[:, columns]
-        return self.lm_head(self.norm(x[:, -1:] if last_only else x))
+        return (head or self.lm_head)(self.norm(x[:, -1:] if last_only else x))
 
 
 @torch.inference_mode(False)

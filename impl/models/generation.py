@@ -63,13 +63,16 @@ def next_tokens(logits: Tensor, sampling: Sampling, u: Tensor | None = None) -> 
 @torch.inference_mode()
 def generate(model, new_cache: Callable, ids: Tensor, max_new_tokens: int,
              sampling: Sampling = GREEDY, on_token: Callable[[Tensor], None] | None = None,
-             rows: Sequence[int] | None = None) -> Tensor:  # fmt: skip
+             rows: Sequence[int] | None = None, choose: Callable | None = None
+             ) -> Tensor:  # fmt: skip
     """ids (B, T) int64 -> (B, T + max_new_tokens): one forward over the prompt, then one a token.
 
     model       ``LeanDecoder``, or anything called like it (a compiled or quantized one)
     new_cache   ``new_cache(batch, max_len)`` gives the cache to write to
     on_token    called with (B, 1) new tokens as soon as they are known
     rows        numbers of the rows in the sampling streams (default 0 .. B-1)
+    choose      ``choose(ids, positions, cache, u) -> (B, 1)`` makes the token after ids in place
+                of the model's logits and ``next_tokens``
     No end token ends a row.  Raises ``StudyError`` when there is no prompt or no room in the cache.
     """
     B, T = ids.shape
@@ -91,15 +94,19 @@ def generate(model, new_cache: Callable, ids: Tensor, max_new_tokens: int,
     u = None
     if sampling.temperature:
         u = uniforms(sampling, rows if rows is not None else range(B), max_new_tokens, ids.device)
-    logits = model(ids, 0, cache, last_only=True)
+    if choose is None:
+
+        def choose(ids, positions, cache, u):
+            # the step that is compiled gives the logits of all its tokens
+            logits = model(ids, positions, cache, last_only=ids.shape[1] > 1)
+            return next_tokens(logits, sampling, u)
+
     everywhere = torch.arange(length, device=ids.device).expand(B, -1)  # (B, length)
-    token = ids[:, -1:]
-    for i in range(max_new_tokens):
-        if i:
-            at = T + i - 1
-            logits = model(token, at if cache.lockstep else everywhere[:, at : at + 1], cache)
-        token = next_tokens(logits, sampling, None if u is None else u[:, i : i + 1])  # (B, 1)
-        out[:, T + i : T + i + 1] = token
+    token, position = ids, 0
+    for at in range(T, length):
+        token = choose(token, position, cache, None if u is None else u[:, at - T : at - T + 1])
+        out[:, at : at + 1] = token  # (B, 1)
         if on_token is not None:
             on_token(token)
+        position = at if cache.lockstep else everywhere[:, at : at + 1]
     return out

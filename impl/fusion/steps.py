@@ -1,33 +1,24 @@
-"""Operations joined into one, so that intermediate results never leave the processor's caches."""
+"""A whole step of the decoder as one operator."""
 
 from __future__ import annotations
 
-from .core import GREEDY, Engine, NotEngaged, technique
-from .fidelity import same_tokens
+from impl.core import GREEDY, Engine, NotEngaged, technique
+from impl.fidelity import same_tokens
+
+from .proofs import PRODUCTS, operators_of
 
 
 def _one_operator_per_step(engine: Engine, run) -> str:
     """Counts torch's operators in a step of the model, and the steps of ``run`` that were fused."""
     import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Count(TorchDispatchMode):
-        def __init__(self):
-            super().__init__()
-            self.products = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.products += func._overloadpacket.__name__ in ("mm", "addmm", "bmm", "linear")
-            return func(*args, **(kwargs or {}))
 
     if "fused_steps" not in engine.stats:
         raise NotEngaged("no fused step is installed on this engine")
     cache = engine.new_cache(engine.batch, 16)
     ids = torch.full((engine.batch, 1), 5)
-    with torch.inference_mode(), Count() as count:
-        engine.model(ids, 0, cache)
-    if count.products:
-        raise NotEngaged(f"a step dispatches {count.products} matrix products one by one")
+    seen = operators_of(lambda: engine.model(ids, 0, cache))
+    if products := sum(seen[name] for name in PRODUCTS):
+        raise NotEngaged(f"a step dispatches {products} matrix products one by one")
     before = engine.stats["fused_steps"]
     run()
     steps = engine.stats["fused_steps"] - before
@@ -36,8 +27,9 @@ def _one_operator_per_step(engine: Engine, run) -> str:
     return f"a step dispatches no matrix product; {steps} fused steps in one call"
 
 
-@technique(phase="replace", replaces="compiler", needs={"generate", "lean"},
-           requires={"compiler"}, precisions=("fp32", "bf16"), fidelity=same_tokens,
+@technique(phase="replace", needs={"generate", "lean"}, requires={"compiler"},
+           replaces=("compiler", "prompt attention", "step attention", "norms", "qkv", "mlp"),
+           precisions=("fp32", "bf16"), fidelity=same_tokens,
            effect=_one_operator_per_step, peer="peer_compiled_static")  # fmt: skip
 def decode_step(engine: Engine) -> Engine:
     """time(step) = bytes of weights and cache / bandwidth: the whole step is one C++ call.
@@ -52,9 +44,8 @@ def decode_step(engine: Engine) -> Engine:
     """
     import torch
 
+    from impl.models.generation import generate as generate_stepwise
     from kernels.decode_step import DecodeStep
-
-    from .models.generation import generate as generate_stepwise
 
     model, prompt = engine.model, engine.model.forward
     step = DecodeStep(model)
