@@ -102,21 +102,25 @@ STEP = "study::decode_attention"
 def _steps_read_their_spans(engine: Engine, run) -> str:
     """Every layer of a step dispatches our operator, none SDPA's, and ``run``'s steps do too."""
     layers = engine.model.config.num_layers
-    step = operators_of_a_step(engine)
-    others = sum(n for name, n in step.items() if "scaled_dot_product" in name)
-    if step[STEP] != layers or others:
-        raise NotEngaged(
-            f"a step of {layers} layers dispatches {step[STEP]} decode_attention and "
-            f"{others} operators of another attention"
-        )
+    if (before := engine.stats.get("unfused", {}).get("decode_attention")) is None:
+        raise NotEngaged("decode_attention is not installed on this engine")
+    for grows in (True, False):
+        step = operators_of_a_step(engine, grows)
+        others = sum(n for name, n in step.items() if "scaled_dot_product" in name)
+        if step[STEP] != layers or others:
+            raise NotEngaged(
+                f"a step of {layers} layers dispatches {step[STEP]} decode_attention and {others} "
+                "operators of another attention"
+            )
+    if step.total() >= before.total():
+        raise NotEngaged(f"a step dispatches {step.total()} operators, {before.total()} before")
     run()  # whatever is compiled is compiled now
     calls = operators_of(run)[STEP]
     if not calls:
         raise NotEngaged("the canonical call ran no step through decode_attention")
-    before = engine.stats["unfused"]["decode_attention"].total()
     return (
-        f"all {layers} layers of a step dispatch decode_attention, {calls} in one run; "
-        f"{step.total()} operators a step, {before} with SDPA"
+        f"all {layers} layers of a step dispatch decode_attention, {calls} in one run; over a "
+        f"preallocated cache {step.total()} operators a step, {before.total()} with SDPA and a mask"
     )
 
 
@@ -154,7 +158,7 @@ def decode_attention(engine: Engine) -> Engine:
 
     model = engine.model
     plain_mask = model.mask
-    remember(engine, "decode_attention")
+    remember(engine, "decode_attention", grows=False)
 
     def mask(positions, x, cache=None):
         seen = slots_seen(positions, x.shape[1], cache)

@@ -17,13 +17,20 @@ PRODUCTS = ("mm", "addmm", "bmm", "linear", "_int_mm", "_weight_int8pack_mm",
 
 
 class Operators(TorchDispatchMode):
-    """Counts the operators dispatched inside, views among them: ``mm``, ``study::rms_norm``."""
+    """Counts the operators that do something inside: ``mm``, ``view``, ``study::rms_norm``.
+
+    Operators that are only made of others (``linear``) are taken apart, as in a profiler's trace.
+    """
 
     def __init__(self):
         super().__init__()
         self.seen: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        with self:
+            out = func.decompose(*args, **(kwargs or {}))
+        if out is not NotImplemented:
+            return out
         self.seen[func._overloadpacket._qualified_op_name.removeprefix("aten::")] += 1
         return func(*args, **(kwargs or {}))
 
@@ -35,15 +42,20 @@ def operators_of(call: Callable[[], object]) -> Counter[str]:
     return count.seen
 
 
-def operators_of_a_step(engine: Engine) -> Counter[str]:
-    """The operators of one decode step of one row, or of one small forward; nothing is compiled."""
+def operators_of_a_step(engine: Engine, grows: bool = True) -> Counter[str]:
+    """The operators of one decode step of one row, or of one small forward; nothing is compiled.
+
+    grows  the step's cache grows, or all its slots are there and the position is a tensor
+    """
     model = getattr(engine.model, "eager", engine.model)
     if engine.new_cache is not None:
-        from impl.models.kv_cache import GrowingCache
+        from impl.models.kv_cache import GrowingCache, KVCache
 
-        cache = GrowingCache(model.config, 1, 16, engine.dtype, engine.device)
+        kind = GrowingCache if grows else KVCache
+        cache = kind(model.config, 1, 16, engine.dtype, engine.device)
         token = torch.full((1, 1), 5, device=engine.device)
-        return operators_of(lambda: model(token, 8, cache))
+        position = 8 if grows else torch.full((1, 1), 8, device=engine.device)
+        return operators_of(lambda: model(token, position, cache))
     if engine.spec.kind == "classifier":
         from impl.models.inputs import images
 
@@ -53,9 +65,9 @@ def operators_of_a_step(engine: Engine) -> Counter[str]:
     return operators_of(lambda: model(inputs))
 
 
-def remember(engine: Engine, name: str) -> None:
+def remember(engine: Engine, name: str, grows: bool = True) -> None:
     """Keep what a step dispatches before the technique ``name`` changes the model."""
-    engine.stats.setdefault("unfused", {})[name] = operators_of_a_step(engine)
+    engine.stats.setdefault("unfused", {})[name] = operators_of_a_step(engine, grows)
 
 
 def fewer_operators(
