@@ -8,13 +8,9 @@ from impl.core import Engine, Request, Response, technique
 from impl.fidelity import same_tokens
 from impl.machine import finish
 
-from .packed import PackedPrompts, Seat, SharedSlots, first_fit
+from .packed import PackedPrompts, Seat, SharedSlots, first_fit, next_step
 from .proofs import joins_while_others_decode
 from .replay import Arrivals, Clock, Meter, slots_for
-
-# MKL on AMD takes longer for fp32 products of 2 to 7 rows than for 8 (all of lm_small, 2 threads:
-# 7.4 ms for 3 rows, 5.8 for 8): such a step is filled up with copies of its last token
-FILLED_ROWS = 8
 
 
 @technique(phase="schedule", fidelity=same_tokens, needs={"generate", "lean"}, min_batch=2,
@@ -25,8 +21,8 @@ def continuous_batching(engine: Engine) -> Engine:
 
     Before each step every request that has arrived and finds room is admitted.  Its whole prompt
     and the newest token of everybody else are one row of tokens: linear layers see them as one
-    product, attention keeps them apart by a mask.  So a prompt costs its arithmetic, not a pass
-    over the weights of its own, and nothing is padded or copied when requests come and go.
+    product, attention takes them apart.  So a prompt costs its arithmetic, not a pass over the
+    weights of its own, and nothing is padded or copied when requests come and go.
     Helps when lengths differ and requests keep coming.  Does not when a prompt is long: it
     stretches everybody's step (``chunked_prefill``).
     Where shapes may not change (a static cache under a compiled step) and where a step is an
@@ -63,7 +59,6 @@ def serve_packed(engine: Engine, arrivals: Arrivals, cache, meter: Meter) -> dic
     """Every step is one row of tokens: new prompts, and one token of each request before them."""
     shared, clock, device = SharedSlots(cache), arrivals.clock, engine.device
     text = torch.zeros(cache.max_len, dtype=torch.int64, device=device)  # token of each slot
-    least = FILLED_ROWS if device.type == "cpu" and engine.dtype == torch.float32 else 0
     seats: list[Seat] = []
     answers: dict[int, Response] = {}
     while arrivals or seats:
@@ -82,21 +77,14 @@ def serve_packed(engine: Engine, arrivals: Arrivals, cache, meter: Meter) -> dic
             seats.append(Seat(r, place, len(r.ids)))
         if not seats:
             continue
-        owner, at, last = [], [], []
-        for seat in seats:
-            fresh = range(seat.place + seat.fed, seat.place + seat.length)
-            at += fresh
-            owner += [seat.place] * len(fresh)
-            last.append(len(at) - 1)
-        if 1 < len(at) < least:
-            missing = least - len(at)
-            at, owner = at + at[-1:] * missing, owner + owner[-1:] * missing
-        owner, at = torch.tensor((owner, at)).to(device)
-        last = torch.tensor(last).to(device)
-        shared.point(owner, at, max(s.place + s.end for s in seats))
-        decoding = sum(s.fed > 0 for s in seats)
-        new = meter.forward(text[at][None], (at - owner)[None], shared, decoding, columns=last)
-        text[at[last] + 1] = new[0]
+        step = next_step(seats)
+        at, positions = torch.tensor((step.at, step.positions)).to(device)
+        columns = torch.tensor(step.columns).to(device)
+        decoding = len(seats) - len(step.prompts)
+        longest = 1 + max(step.positions[:decoding], default=0)
+        shared.point(at, positions, step.prompts, longest)
+        new = meter.forward(text[at][None], positions[None], shared, decoding, columns=columns)
+        text[at[columns] + 1] = new[0]
         finish(device)
         for seat in seats:
             if not seat.fed:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from impl.core import Request
+from impl.models.kv_cache import causal_mask
 
 
 @dataclass
@@ -28,6 +31,27 @@ class Seat:
         return len(self.request.ids) + self.request.max_new_tokens
 
 
+class Step(NamedTuple):
+    """The tokens of one forward: a single one of each request that goes on, then whole prompts."""
+
+    at: list[int]  # slot of each token
+    positions: list[int]  # its place in its request
+    columns: list[int]  # which tokens end their requests, in the order of the seats
+    prompts: list[int]  # tokens of each prompt
+
+
+def next_step(seats: list[Seat]) -> Step:
+    """What to compute next for ``seats``, those that go on before those that begin."""
+    going, new = [s for s in seats if s.fed], [s for s in seats if not s.fed]
+    at, positions = [s.place + s.fed for s in going], [s.fed for s in going]
+    columns = list(range(len(going)))
+    for seat in new:
+        at += range(seat.place, seat.place + seat.length)
+        positions += range(seat.length)
+        columns.append(len(at) - 1)
+    return Step(at, positions, columns, [s.length for s in new])
+
+
 def visible(owner: Tensor, at: Tensor, window: int | None, slots: int, dtype) -> Tensor:
     """Additive mask (1, 1, N, slots), 0 or -inf: token n sees slots ``owner[n]`` .. ``at[n]``.
 
@@ -44,28 +68,86 @@ def visible(owner: Tensor, at: Tensor, window: int | None, slots: int, dtype) ->
 class SharedSlots:
     """A cache of one row whose slots are shared out: every request has a span of its own.
 
-    A step is one row of tokens, those of a prompt beside single ones; a token sees its request's
-    span up to itself.  Attention reads the slots up to the end of the last span.
+    A step is one row of tokens: single ones, then whole prompts.  Attention takes them apart.  A
+    single token reads its request's span, in pages of one slot where ``paged_attention`` can run,
+    else gathered and padded; a prompt's tokens see one another, all of them in the step.
     """
 
     lockstep = True  # shapes change from step to step
 
     def __init__(self, cache):
         self.cache, self.window = cache, cache.window
+        self.paged = own_span_operator(cache.keys[0])
 
     @property
     def max_len(self) -> int:
         return self.cache.max_len
 
-    def point(self, owner: Tensor, at: Tensor, slots: int) -> None:
-        """The next step's tokens stand in slots ``at`` (N,) of spans from ``owner`` (N,) on."""
-        self.owner, self.at, self.cache.slots = owner, at[None], slots
+    def point(self, at: Tensor, positions: Tensor, prompts: list[int], longest: int) -> None:
+        """Say where the next step's tokens stand: single ones, then whole prompts.
 
-    def mask(self, positions: Tensor, T: int, dtype: torch.dtype) -> Tensor:
-        return visible(self.owner, self.at[0], self.window, self.cache.slots, dtype)
+        at, positions  (N,) int64: slots of the cache, and places in the tokens' own requests
+        prompts        tokens of each prompt
+        longest        slots in use of the longest span, or more
+        """
+        self.at, self.starts, self.prompts = at[None], at - positions, prompts
+        singles = len(at) - sum(prompts)
+        last = positions[:singles]
+        first = torch.zeros_like(last)
+        if self.window is not None:
+            first, longest = (last - self.window + 1).clamp_(min=0), min(longest, self.window)
+        self.seen = last - first + 1  # (n,)
+        place = torch.arange(longest, device=at.device)
+        table = (self.starts[:singles] + first)[:, None] + place  # (n, longest)
+        self.table = table.clamp_(max=self.max_len - 1).to(torch.int32)
+        self.hidden = place >= self.seen[:, None]
+
+    def mask(self, positions: Tensor, T: int, dtype: torch.dtype) -> None:
+        """None: ``attend`` knows who sees whom."""
 
     def update(self, layer: int, k: Tensor, v: Tensor, positions: Tensor):
-        return self.cache.update(layer, k, v, self.at)
+        self.cache.update(layer, k, v, self.at)
+        return k, v
+
+    def attend(self, attend, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of the step, by ``attend(q, k, v, mask)`` where it is that of a prompt.
+
+        q (1, H, N, D), k and v (1, Hkv, N, D), all of this step; returns (1, H, N, D).
+        """
+        end, parts = len(self.table), []
+        if end:
+            parts.append(self._single_tokens(layer, q[0, :, :end].transpose(0, 1)))
+        for T in self.prompts:
+            q_, k_, v_ = (t[:, :, end : end + T] for t in (q, k, v))
+            y = attend(q_, k_, v_, causal_mask(T, T, self.window, q))
+            parts.append(y[0].transpose(0, 1))
+            end += T
+        y = parts[0] if len(parts) == 1 else torch.cat(parts)  # (N, H, D)
+        return y.transpose(0, 1)[None]
+
+    def _single_tokens(self, layer: int, q: Tensor) -> Tensor:
+        """Each of q (n, H, D) over its own span; returns (n, H, D)."""
+        keys, values = self.cache.keys[layer][0], self.cache.values[layer][0]  # (Hkv, slots, D)
+        if self.paged and q.dtype == keys.dtype:  # under autocast they differ
+            keys, values = (t.transpose(0, 1)[:, :, None] for t in (keys, values))
+            y = self.paged(q[:, :, None], keys, values, self.table, self.seen)
+            return y[:, :, 0]
+        keys, values = (t[:, self.table].transpose(0, 1) for t in (keys, values))
+        mask = torch.zeros(self.hidden.shape, dtype=q.dtype, device=q.device)
+        mask = mask.masked_fill_(self.hidden, -torch.inf)[:, None, None]  # (n, 1, 1, longest)
+        y = F.scaled_dot_product_attention(
+            q[:, :, None], keys.to(q.dtype), values.to(q.dtype), mask, enable_gqa=True
+        )
+        return y[:, :, 0]
+
+
+def own_span_operator(keys: Tensor):
+    """``kernels``' ``paged_attention`` where it is compiled and takes these keys, or None."""
+    from kernels.op import OPS
+    from kernels.paged_attention import paged_attention
+
+    compiled = OPS["paged_attention"].fastest(keys.device.type) != "reference"
+    return paged_attention if compiled and keys.shape[-1] <= 128 else None
 
 
 def first_fit(seats: list[Seat], need: int, capacity: int) -> int | None:

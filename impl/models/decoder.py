@@ -181,7 +181,10 @@ class Attention(nn.Module):
         k = rotate(k, cos, sin).transpose(1, 2)  # (B, Hkv, T, D)
         if cache is not None:
             k, v = cache.update(self.layer, k, v, positions)  # (B, Hkv, S, D)
-        out = self.attend(q, k, v, mask)  # (B, H, T, D)
+        if hasattr(cache, "attend"):  # several requests in one row: it takes them apart
+            out = cache.attend(self.attend, self.layer, q, k, v)
+        else:
+            out = self.attend(q, k, v, mask)  # (B, H, T, D)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
