@@ -88,6 +88,11 @@ class KernelCell:
             return "needs cuda for fp16; CPUs compute it through fp32"
         return unavailable(self.impl, kind)
 
+    def measure(self, bench: Callable[..., Any], device: str) -> None:
+        """Check the cell, then time it; a rival that computes something else fails it."""
+        with torch.inference_mode(), kept_memory():
+            _measure(self, bench, device)
+
 
 def cells(selection: matrix.Selection) -> dict[str, KernelCell]:
     """Id -> cell of a profile: ``smoke`` one shape per operation, ``core`` those of decoding."""
@@ -311,12 +316,6 @@ def proof(cell: KernelCell, call: Callable[[], Any], told: list[str]) -> str:
             raise StudyError(f"{cell.id} called no C function; is {cell.op} a CPU C++ operation?")
         words = f"C function {', '.join(sorted(seen))} for {build.current_isa()}"
     return "; ".join([words, *told])
-
-
-def measure(cell: KernelCell, bench: Callable[..., Any], device: str) -> None:
-    """Check the cell, then time it; a rival that computes something else fails it."""
-    with torch.inference_mode(), kept_memory():
-        _measure(cell, bench, device)
 
 
 def _measure(cell: KernelCell, bench: Callable[..., Any], device: str) -> None:

@@ -418,4 +418,4 @@ def test_cuda_has_no_race_and_stays_in_bounds(op, sanitizer, plant, short, findi
 @pytest.mark.kernels
 def test_speed(kernel, device, bench):
     """Against torch eager, torch.compile, the best library here and this machine's limit."""
-    kernel_speed.measure(kernel, bench, device)
+    kernel.measure(bench, device)

@@ -155,6 +155,32 @@ class DecodeStep:
             self._tables(first.shape[2])
         self._cache = weakref.ref(cache)
 
+    def _linears(self) -> list[_Linear]:
+        names = ("q", "k", "v", "o", "gate", "up", "down")
+        return [getattr(layer, name) for layer in self.layers for name in names] + [self.model.head]
+
+    def bytes_moved(self, keys: int, batch: int = 1) -> int:
+        """Least traffic of a step whose rows see so many ``keys``: every weight once.
+
+        Norms are not counted; the cache's keys are those that ``use`` was given last.
+        """
+        m = self.model
+        size = {FP32: 4, BF16: 2, INT8: 1, INT8_DYNAMIC: 1, INT4: 0.5}
+        scales = {INT8: lambda w: 4 * w.n, INT8_DYNAMIC: lambda w: 4 * w.n,
+                  INT4: lambda w: 2 * w.n * w.k // w.group}  # fmt: skip
+        weights = sum(
+            int(w.n * w.k * size[w.kind]) + scales.get(w.kind, lambda w: 0)(w)
+            for w in self._linears()
+        )
+        cached = 2 * m.layers * m.kv_heads * m.head_dim * keys * (2 if m.cache_bf16 else 4)
+        return int(weights + batch * (m.hidden * size[m.embed.kind] + cached))
+
+    def flops(self, keys: int, batch: int = 1) -> int:
+        """2 per weight and row; 4 per head dimension, query head and key."""
+        m = self.model
+        attention = 4 * m.layers * m.heads * m.head_dim * keys
+        return batch * (2 * sum(w.n * w.k for w in self._linears()) + attention)
+
     def _expect_rows(self, batch: int, cache) -> None:
         rows = cache.keys[0].shape[0]
         expect(rows == batch, f"the cache holds {rows} rows, the ids have {batch}")

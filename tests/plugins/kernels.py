@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests import kernel_speed
+from tests import kernel_speed, step_speed
 
 MARK = "kernels"
 
@@ -26,8 +26,14 @@ def asked_for(config: pytest.Config) -> bool:
         return True
     if not (option.benchmark_only or option.collectonly):
         return False
-    named = any(op in option.keyword for op in kernel_speed.SPEEDS)
+    ops = (*kernel_speed.SPEEDS, step_speed.OP)
+    named = any(op in option.keyword for op in ops)
     return named or "test_kernels.py" in files or option.profile == "full"
+
+
+def cells(selection: Any) -> dict[str, Any]:
+    """Id -> cell: single operations, and the whole decode step."""
+    return kernel_speed.cells(selection) | step_speed.cells(selection)
 
 
 def is_kernel_test(item: pytest.Item) -> bool:
@@ -41,13 +47,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     config = metafunc.config
     device = config.study_device  # type: ignore[attr-defined]
-    cells = kernel_speed.cells(config.selection) if asked_for(config) else {}  # type: ignore[attr-defined]
+    found = cells(config.selection) if asked_for(config) else {}  # type: ignore[attr-defined]
     params = []
-    for name, cell in cells.items():
+    for name, cell in found.items():
         reason = cell.missing(device)
         skip = [pytest.mark.skip(reason=reason)] if reason else []
         params.append(pytest.param(name, id=name, marks=[cell.mark(), *skip]))
-    if cells:
+    if found:
         params += [undescribed(op) for op in kernel_speed.CASES if op not in kernel_speed.SPEEDS]
     metafunc.parametrize("cell", params)
 
@@ -75,6 +81,6 @@ def cell_id(item: pytest.Item) -> object:
 
 
 @pytest.fixture
-def kernel(request: pytest.FixtureRequest, cell: str) -> kernel_speed.KernelCell:
+def kernel(request: pytest.FixtureRequest, cell: str) -> Any:
     """The kernel cell of this test."""
-    return kernel_speed.cells(request.config.selection)[cell]  # type: ignore[attr-defined]
+    return cells(request.config.selection)[cell]  # type: ignore[attr-defined]
