@@ -185,6 +185,22 @@ def test_prompts_have_the_logits_of_the_decoder(kind, level, monkeypatch):
     assert (parts - got[:, -1:]).norm() <= tolerance * got[:, -1:].norm()
 
 
+@pytest.mark.parametrize("shape", ["grouped", "window", "odd"])
+@pytest.mark.parametrize("tokens", [5, 45])
+@torch.inference_mode()
+def test_without_a_cache_the_logits_are_those_of_a_full_forward(shape, tokens):
+    model = decoder(**SHAPES[shape])
+    ids = torch.randint(0, 300, (2, tokens), generator=torch.Generator().manual_seed(1))
+    step, expected = DecodeStep(model), model(ids)
+    got = step(ids, 0, None)
+    assert (got - expected).norm() <= 64 * torch.finfo().eps * expected.norm()
+    assert torch.equal(step(ids, 0, None, last_only=True), got[:, -1:])
+    cache = KVCache(model.config, 2, 64)
+    assert torch.equal(step(ids, 0, cache), got)
+    with pytest.raises(KernelError, match="without a cache starts at position 0"):
+        step(ids, 3, None)
+
+
 @torch.inference_mode()
 def test_int4_steps_have_the_same_bits_in_any_grouping(monkeypatch):
     model = quantized_to_int4(decoder(intermediate_size=160))
@@ -290,6 +306,11 @@ def test_the_technique_gives_the_same_tokens_and_proves_itself():
     assert torch.equal(torch.cat(seen, 1), expected[:, 20:])
     drawn = Sampling(temperature=1.0, seed=3)
     assert torch.equal(fused.generate(ids, 12, drawn), lean.generate(ids, 12, drawn))
+    before = fused.stats["fused_steps"]
+    whole, wanted = fused.model(ids), lean.model(ids)
+    assert fused.stats["fused_steps"] == before + 1, "a forward without a cache is one call"
+    assert (whole - wanted).norm() <= 64 * torch.finfo().eps * wanted.norm()
+    assert torch.equal(fused.model(ids, columns=torch.tensor([3, 19])), wanted[:, [3, 19]])
     effect = TECHNIQUES["decode_step"].effect
     assert "12 fused steps" in effect(fused, lambda: fused.generate(ids, 12))
     with pytest.raises(NotEngaged, match="no fused step"):

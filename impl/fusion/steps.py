@@ -27,6 +27,9 @@ def _one_operator_per_step(engine: Engine, run) -> str:
     return f"a step dispatches no matrix product; {steps} fused steps in one call"
 
 
+MANY_SHORT = 64  # tokens of short rows: beyond, torch's bf16 products are faster than steps
+
+
 @technique(phase="replace", needs={"generate", "lean"}, requires={"compiler"},
            replaces=("compiler", "prompt attention", "step attention", "norms", "qkv", "mlp"),
            precisions=("fp32", "bf16"), fidelity=same_tokens,
@@ -36,8 +39,9 @@ def decode_step(engine: Engine) -> Engine:
 
     Steps of up to 16 tokens a row (a token, or a draft to verify) run in one parallel region, over
     the model's own weights in fp32, bf16, int8 or int4; a verified draft has the bits of single
-    steps.  Prompts take the same call, in which panels of weights meet many rows at once.  Greedy
-    generation is one call for all its tokens, unless somebody wants each as it comes.
+    steps.  Prompts take the same call, with a cache or without, in which panels of weights meet
+    many rows at once.  Greedy generation is one call for all its tokens, unless somebody wants
+    each as it comes.
     Helps: small models and small batches, where dispatching hundreds of operators takes longer
     than they do.  Does not where the arithmetic dominates: long prompts and large batches.
     Source: Spector et al. 2025, https://hazyresearch.stanford.edu/blog/2025-05-27-no-bubbles
@@ -45,15 +49,21 @@ def decode_step(engine: Engine) -> Engine:
     import torch
 
     from impl.models.generation import generate as generate_stepwise
-    from kernels.decode_step import DecodeStep
+    from kernels.decode_step import MOST_TOKENS, DecodeStep
 
     model, prompt = engine.model, engine.model.forward
     step = DecodeStep(model)
     engine.stats["fused_steps"] = 0
 
+    def takes_whole(ids, positions) -> bool:
+        """Whether a forward without a cache is one call: not many short rows, which torch joins."""
+        rows, tokens = ids.shape
+        few = tokens > MOST_TOKENS or rows * tokens <= MANY_SHORT
+        return isinstance(positions, int) and positions == 0 < tokens and few
+
     def forward(ids, positions=None, cache=None, last_only=False, columns=None):
         positions = 0 if positions is None else positions
-        if cache is None or columns is not None:
+        if columns is not None or (cache is None and not takes_whole(ids, positions)):
             return prompt(ids, positions, cache, last_only, columns)
         engine.stats["fused_steps"] += 1
         return step(ids, positions, cache, last_only).to(engine.dtype)

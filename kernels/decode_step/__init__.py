@@ -213,8 +213,13 @@ class DecodeStep:
         return call
 
     def __call__(self, ids: Tensor, positions: Tensor | int, cache, last_only: bool = False):
-        """Logits (B, T, V) fp32, or (B, 1, V) of the last token; arguments as the decoder's."""
+        """Logits (B, T, V) fp32, or (B, 1, V) of the last token; arguments as the decoder's.
+
+        Without a cache the call has one of its own, of just its slots.
+        """
         B, T = ids.shape
+        if cache is None:
+            cache = self._own_cache(positions, B, T)
         if not isinstance(positions, Tensor):
             positions = torch.arange(positions, positions + T).expand(B, T)
         expect(positions.shape == ids.shape and ids.dtype == positions.dtype == torch.int64,
@@ -227,6 +232,13 @@ class DecodeStep:
         logits = [self._part(*part, 0 if last_only else part[0].shape[1]) for part in parts[:-1]]
         logits.append(self._part(*parts[-1], 1 if last_only else parts[-1][0].shape[1]))
         return logits[0] if len(logits) == 1 else torch.cat(logits[-1:] if last_only else logits, 1)
+
+    def _own_cache(self, positions: Tensor | int, batch: int, tokens: int):
+        from impl.models.kv_cache import KVCache
+
+        expect(isinstance(positions, int) and positions == 0, "decode_step without a cache starts "
+               "at position 0; give it the cache that holds earlier tokens")  # fmt: skip
+        return KVCache(self.config, batch, tokens, self.decoder.norm.weight.dtype)
 
     def _part(self, ids: Tensor, positions: Tensor, outputs: int) -> Tensor:
         B, T = ids.shape
