@@ -8,10 +8,13 @@ the same weights in its own format, where it is installed.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,8 +26,8 @@ from impl.models.decoder import DecoderConfig, LeanDecoder
 from impl.models.kv_cache import KVCache
 from kernels.decode_step import DecodeStep
 from kernels.op import unavailable
-from tests import kernel_speed, matrix
-from tests.kernel_speed import MODEL
+from tests import kernel_speed, llama_peer, matrix
+from tests.kernel_speed import MODEL, Disagrees
 
 OP = "decode_step"
 # kind of weights -> (precision of the model, layers): 230 to 280 MB of weights each
@@ -34,6 +37,8 @@ CONTEXT = 64  # tokens that stand before
 INPUTS = 4
 # an activation on the edge between two int8 values may fall either way: 1/127 of one input
 DYNAMIC_DB = 34.0
+PEER_DB = 30.0  # llama.cpp rounds activations to int8 where the weights are narrow
+ROPE_BASE = 1e4
 LAYER = {"vocab_size": 4096, "hidden_size": 2048, "intermediate_size": 8192, "num_heads": 32,
          "num_kv_heads": 8, "head_dim": 64, "max_positions": 1024, "norm_eps": 1e-5}  # fmt: skip
 
@@ -102,7 +107,7 @@ def decoder(cell: StepCell, **sizes) -> LeanDecoder:
     shape = LAYER | sizes
     exponents = torch.arange(0, shape["head_dim"], 2) / shape["head_dim"]
     config = DecoderConfig(**shape, num_layers=1,
-                           rope_frequencies=tuple((1e4**-exponents).tolist()))  # fmt: skip
+                           rope_frequencies=tuple((ROPE_BASE**-exponents).tolist()))  # fmt: skip
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
         torch.manual_seed(0)
         model = LeanDecoder(config).eval().requires_grad_(False)
@@ -136,6 +141,20 @@ def forwards(model: LeanDecoder, cache: KVCache) -> Iterator[tuple[str, Callable
     yield "without", lambda ids: compiled(ids, positions, cache)
 
 
+@contextlib.contextmanager
+def llama_cpp(model: LeanDecoder, prompt: torch.Tensor) -> Iterator[Callable]:
+    """``call(ids) -> logits`` of llama.cpp on the same weights, after the same prompt."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.gguf")
+        llama_peer.write(model, path, ROPE_BASE)
+        peer = llama_peer.Llama(path, 4 * CONTEXT, torch.get_num_threads())
+    peer.logits(prompt[0].tolist(), 0)
+    try:
+        yield lambda ids: peer.logits([ids.item()], CONTEXT)
+    finally:
+        peer.close()
+
+
 def near(cell: StepCell, got: torch.Tensor, wanted: torch.Tensor) -> None:
     """Raises unless logits agree as well as rounding in the cell's precision allows."""
     floor = DYNAMIC_DB if cell.weights == "int8_dynamic" else ROUNDING_DB[cell.precision]
@@ -159,24 +178,33 @@ def _measure(cell: StepCell, bench: Callable[..., Any], device: str) -> None:
     tokens = torch.randint(0, LAYER["vocab_size"], (INPUTS, 1, 1), generator=draw)
     model(prompt, 0, cache)
     sides = {"variant": lambda ids: step(ids, CONTEXT, cache)} | dict(forwards(model, cache))
-    names, told = {"baseline": "torch_eager", "without": "torch_compile"}, []
-    for name, call in list(sides.items())[1:]:
-        near(cell, call(tokens[0]), sides["variant"](tokens[0]))
-        assert name in names
+    names = {"baseline": "torch_eager", "without": "torch_compile"}
+    for name in names:
+        near(cell, sides[name](tokens[0]), sides["variant"](tokens[0]))
     moved, weights = step.bytes_moved(CONTEXT + 1), step.bytes_moved(0)
-    bench(
-        sides=sides,
-        inputs=list(tokens),
-        agree=lambda output, ids: near(cell, output, sides["baseline"](ids)),
-        cell={"techniques": [cell.technique], "families": [], "model": MODEL, "batch": cell.batch,
-              "precision": cell.precision, "device": device, "workload": cell.workload},
-        names=names,
-        effect=lambda: kernel_speed.proof(cell, lambda: sides["variant"](tokens[0]), told),
-        bytes_moved=moved,
-        flops=step.flops(CONTEXT + 1),
-        compute_dtype="int8" if cell.weights == "int8_dynamic" else None,
-        working_set=moved,
-        weight_bytes=weights,
-        kv_bytes=cache.nbytes,
-        change=change,
-    )  # fmt: skip
+    about = {"techniques": [cell.technique], "families": [], "model": MODEL, "batch": cell.batch,
+             "precision": cell.precision, "device": device, "workload": cell.workload}  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        if reason := llama_peer.lacks():
+            told = [f"no llama.cpp here: {reason}"]
+        else:
+            sides["peer"] = stack.enter_context(llama_cpp(model, prompt))
+            found = sqnr_db(sides["variant"](tokens[0]), sides["peer"](tokens[0]))
+            if found < PEER_DB:
+                raise Disagrees(f"llama_cpp is {found:.1f} dB from the step; it has other weights")
+            names["peer"], told = "llama_cpp", [f"llama_cpp within {found:.0f} dB"]
+        bench(
+            sides=sides,
+            inputs=list(tokens),
+            agree=lambda output, ids: near(cell, output, sides["baseline"](ids)),
+            cell=about,
+            names=names,
+            effect=lambda: kernel_speed.proof(cell, lambda: sides["variant"](tokens[0]), told),
+            bytes_moved=moved,
+            flops=step.flops(CONTEXT + 1),
+            compute_dtype="int8" if cell.weights == "int8_dynamic" else None,
+            working_set=moved,
+            weight_bytes=weights,
+            kv_bytes=cache.nbytes,
+            change=change,
+        )

@@ -26,7 +26,7 @@ import torch
 
 from kernels import build
 from kernels.op import OPS, KernelError, unavailable
-from tests import kernel_cases, kernel_speed, kernel_tools
+from tests import kernel_cases, kernel_tools
 from tests.inner import fresh_pytest
 from tests.kernel_cases import CASES, DTYPES, excess, outputs
 from tests.kernel_tools import ROOT
