@@ -25,9 +25,8 @@ def continuous_batching(engine: Engine) -> Engine:
     weights of its own, and nothing is padded or copied when requests come and go.
     Helps when lengths differ and requests keep coming.  Does not when a prompt is long: it
     stretches everybody's step (``chunked_prefill``).
-    Where shapes may not change (a static cache under a compiled step) and where a step is an
-    operator over rows (``decode_step``) requests are rows of the cache: prompts that wait are
-    packed into one forward, a step of single tokens follows.
+    Where shapes may not change (a static cache under a compiled step) requests are rows of the
+    cache: prompts that wait are packed into one forward, a step of single tokens follows.
     Source: Yu et al. 2022 (Orca), https://www.usenix.org/conference/osdi22/presentation/yu;
     prompts and single tokens in one step: Agrawal et al. 2023 (Sarathi),
     https://arxiv.org/abs/2308.16369
@@ -46,11 +45,11 @@ def serve_continuous(
         return []
     slots = slots_for(requests, max_positions)
     clock, meter = clock or Clock(), Meter(engine, slots)
-    packs = engine.new_cache(1, 1).lockstep and getattr(engine.model, "packs_steps", False)
-    serve, shape = (
-        (serve_packed, (1, engine.batch * slots)) if packs else (serve_rows, (engine.batch, slots))
-    )
-    answers = serve(engine, Arrivals(requests, clock), engine.new_cache(*shape), meter)
+    arrivals, batch = Arrivals(requests, clock), engine.batch
+    if engine.new_cache(1, 1).lockstep:  # shapes may change from step to step
+        answers = serve_packed(engine, arrivals, engine.new_cache(1, batch * slots), meter)
+    else:
+        answers = serve_rows(engine, arrivals, engine.new_cache(batch, slots), meter)
     meter.report(requests, clock)
     return [answers[r.id] for r in requests]
 
@@ -66,13 +65,13 @@ def serve_packed(engine: Engine, arrivals: Arrivals, cache, meter: Meter) -> dic
             arrivals.wait()
         while len(seats) < engine.batch and (arrived := arrivals.take(1)):
             (r,) = arrived
+            if not r.max_new_tokens:
+                answers[r.id] = Response(r.id, r.ids.clone(), clock.now(), clock.now())
+                continue
             place = first_fit(seats, len(r.ids) + r.max_new_tokens, cache.max_len)
             if place is None:
                 arrivals.put_back(r)
                 break
-            if not r.max_new_tokens:
-                answers[r.id] = Response(r.id, r.ids.clone(), clock.now(), clock.now())
-                continue
             text[place : place + len(r.ids)] = r.ids.to(device)
             seats.append(Seat(r, place, len(r.ids)))
         if not seats:
@@ -103,14 +102,11 @@ def serve_packed(engine: Engine, arrivals: Arrivals, cache, meter: Meter) -> dic
 def serve_rows(engine: Engine, arrivals: Arrivals, cache, meter: Meter) -> dict[int, Response]:
     """Requests are rows of the cache: waiting prompts in one forward, then a token for each row.
 
-    Where shapes may change only the rows in use are computed: a freed row takes over the last
-    one, one copy per finished request.  A static cache keeps its width, idle rows writing to a
-    spare slot, so that a compiled step is never compiled again.
+    The step keeps its width, idle rows writing to a spare slot: it is never compiled again.
     """
     B, slots, device, clock = engine.batch, cache.max_len, engine.device, arrivals.clock
     answers: dict[int, Response] = {}
-    compact, rows = cache.lockstep, cache
-    seats: list[Seat | None] = [None] * B  # a compact batch holds its requests in the first rows
+    seats: list[Seat | None] = [None] * B
     text = torch.zeros(B, slots, dtype=torch.int64, device=device)  # prompt and answer
     token = torch.zeros(B, 1, dtype=torch.int64, device=device)  # the newest of each row ...
     position = torch.full_like(token, slots - 1)  # ... and where it stands; idle: the spare slot
@@ -121,12 +117,6 @@ def serve_rows(engine: Engine, arrivals: Arrivals, cache, meter: Meter) -> dict[
         out = text[row, : seat.end].to(seat.request.ids.device, copy=True)
         finish(device)
         answers[seat.request.id] = Response(seat.request.id, out, seat.first_token_s, clock.now())
-        last = sum(s is not None for s in seats) - 1
-        if compact and row != last:
-            cache.copy_row(last, row, seats[last].length)
-            for state in (text, token, position):
-                state[row] = state[last]
-            seats[row], row = seats[last], last
         seats[row], position[row], live[row] = None, slots - 1, 0
 
     def admit(new: list[Request]) -> None:
@@ -150,7 +140,7 @@ def serve_rows(engine: Engine, arrivals: Arrivals, cache, meter: Meter) -> dict[
         for r in new:
             if not r.max_new_tokens:
                 answers[r.id] = Response(r.id, r.ids.clone(), now, now)
-        for row in reversed(free):
+        for row in free:
             if seats[row].length == seats[row].end:
                 leave(row)
 
@@ -162,17 +152,11 @@ def serve_rows(engine: Engine, arrivals: Arrivals, cache, meter: Meter) -> dict[
         busy = [s for s in seats if s is not None]
         if not busy:
             continue
-        width = len(busy) if compact else B
-        if rows.batch != width:
-            rows = cache.narrow(0, width)
-        if compact:
-            rows.slots = max(s.length for s in busy)
-        token[:width] = meter.forward(token[:width], position[:width], rows, len(busy))
+        token = meter.forward(token, position, cache, len(busy))
         position += live
         text.scatter_(1, position, token)
-        for row in reversed(range(B)):
-            if (seat := seats[row]) is not None:
-                seat.length += 1
-                if seat.length == seat.end:
-                    leave(row)
+        for seat in busy:
+            seat.length += 1
+            if seat.length == seat.end:
+                leave(seat.place)
     return answers

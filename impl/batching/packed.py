@@ -91,15 +91,18 @@ class SharedSlots:
         longest        slots in use of the longest span, or more
         """
         self.at, self.starts, self.prompts = at[None], at - positions, prompts
-        singles = len(at) - sum(prompts)
-        last = positions[:singles]
-        first = torch.zeros_like(last)
+        self.singles, self.longest, self.table = len(at) - sum(prompts), longest, None
+
+    def _look_up(self) -> None:
+        """Slots that each single token sees, ``seen`` (n,) of them first in a row of ``table``."""
+        starts, longest = self.starts[: self.singles], self.longest
+        first, last = starts, self.at[0, : self.singles]
         if self.window is not None:
-            first, longest = (last - self.window + 1).clamp_(min=0), min(longest, self.window)
-        self.seen = last - first + 1  # (n,)
-        place = torch.arange(longest, device=at.device)
-        table = (self.starts[:singles] + first)[:, None] + place  # (n, longest)
-        self.table = table.clamp_(max=self.max_len - 1).to(torch.int32)
+            first = torch.maximum(starts, last - self.window + 1)
+            longest = min(longest, self.window)
+        place = torch.arange(longest, device=last.device)
+        table = (first[:, None] + place).clamp_(max=self.max_len - 1)  # (n, longest)
+        self.table, self.seen = table.to(torch.int32), last - first + 1
         self.hidden = place >= self.seen[:, None]
 
     def mask(self, positions: Tensor, T: int, dtype: torch.dtype) -> None:
@@ -114,8 +117,10 @@ class SharedSlots:
 
         q (1, H, N, D), k and v (1, Hkv, N, D), all of this step; returns (1, H, N, D).
         """
-        end, parts = len(self.table), []
+        end, parts = self.singles, []
         if end:
+            if self.table is None:  # the same for all layers
+                self._look_up()
             parts.append(self._single_tokens(layer, q[0, :, :end].transpose(0, 1)))
         for T in self.prompts:
             q_, k_, v_ = (t[:, :, end : end + T] for t in (q, k, v))

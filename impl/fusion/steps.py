@@ -63,6 +63,10 @@ def decode_step(engine: Engine) -> Engine:
 
     def forward(ids, positions=None, cache=None, last_only=False, columns=None):
         positions = 0 if positions is None else positions
+        if columns is not None and hasattr(cache, "starts"):  # several requests in one row
+            engine.stats["fused_steps"] += 1
+            logits = step.packed(ids[0], positions[0], cache.starts, columns, cache.cache)
+            return logits[None].to(engine.dtype)
         if columns is not None or (cache is None and not takes_whole(ids, positions)):
             return prompt(ids, positions, cache, last_only, columns)
         engine.stats["fused_steps"] += 1
@@ -84,7 +88,7 @@ def decode_step(engine: Engine) -> Engine:
         engine.stats["fused_steps"] += count
         return step.generate(token, position, count, cache, on_token)
 
-    own = {"forward": forward, "packs_steps": False, "greedy_run": greedy_run}
+    own = {"forward": forward, "greedy_run": greedy_run}
     model.__dict__.update(own)
     engine.undo.callback(lambda: [model.__dict__.pop(name, None) for name in own])
     engine.generate = generate

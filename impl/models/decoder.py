@@ -260,7 +260,6 @@ class DecoderLayer(nn.Module):
 class LeanDecoder(nn.Module):
     """A decoder-only language model: ids (B, T) int64 -> logits (B, T, V) in the weights' dtype."""
 
-    packs_steps = True  # a step may hold several requests in one row (batching)
     # greedy_run(token (B, 1), position, count, cache, on_token) -> (B, count): plain steps in one
     # call, where a technique has made one of them
     greedy_run = None

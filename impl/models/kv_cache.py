@@ -110,11 +110,6 @@ class KVCache:
         view.values = [v[start : start + rows] for v in self.values]
         return view
 
-    def copy_row(self, source: int, target: int, length: int) -> None:
-        """Make row ``target`` equal to row ``source`` in its first ``length`` slots."""
-        for held in (*self.keys, *self.values):
-            held[target, :, :length] = held[source, :, :length]
-
 
 class GrowingCache(KVCache):
     """A ``KVCache`` whose rows advance together: attention reads the slots in use, without a mask.

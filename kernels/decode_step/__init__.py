@@ -44,8 +44,12 @@ class _Model(Structure):
                 ("embed", _Linear), ("head", _Linear), ("layer", POINTER(_Layer))]  # fmt: skip
 
 
+class _Packed(Structure):
+    _fields_ = [("starts", c_void_p), ("columns", c_void_p), ("wanted", c_int64)]
+
+
 _STEP = (POINTER(_Model), c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64,
-         c_void_p, c_int, c_int64)  # fmt: skip
+         c_void_p, c_int, c_int64, POINTER(_Packed))  # fmt: skip
 MOST_TOKENS = 16  # of a row in one step; more are a prompt: other sums, for more arithmetic
 MOST_ROWS = 256  # of a prompt in one call: its buffers stay in the caches
 
@@ -185,7 +189,7 @@ class DecodeStep:
         rows = cache.keys[0].shape[0]
         expect(rows == batch, f"the cache holds {rows} rows, the ids have {batch}")
 
-    def raw(self, batch: int, tokens: int, outputs: int):
+    def raw(self, batch: int, tokens: int, outputs: int, packed: _Packed | None = None):
         """``call(ids, positions, logits, argmax, steps=1)`` on addresses, for steps of one shape.
 
         ids and positions are int64 (B, T), argmax int64 (B, outputs) or 0, logits fp32
@@ -195,15 +199,15 @@ class DecodeStep:
         threads = torch.get_num_threads()
         step = build.cpu_function("decode_step", "decode_step", _STEP, c_int)
         size = build.cpu_function("decode_step", "decode_step_workspace",
-                                  (POINTER(_Model), *[c_int64] * 3), c_int64)  # fmt: skip
-        needed = size(self.model, batch, tokens, threads)
+                                  (POINTER(_Model), *[c_int64] * 3, POINTER(_Packed)), c_int64)  # fmt: skip
+        needed = size(self.model, batch, tokens, threads, packed)
         if self._space.numel() < needed:
             self._space = torch.empty(needed)
         model, space = ctypes.byref(self.model), self._space.data_ptr()
 
         def call(ids: int, positions: int, logits: int, argmax: int, steps: int = 1) -> None:
             status = step(model, ids, positions, batch, tokens, logits, argmax, outputs, space,
-                          threads, steps)  # fmt: skip
+                          threads, steps, packed)  # fmt: skip
             if status:
                 raise KernelError(
                     f"a token is outside the vocabulary of {self.model.vocab}" if status == 1 else
@@ -239,6 +243,37 @@ class DecodeStep:
         expect(isinstance(positions, int) and positions == 0, "decode_step without a cache starts "
                "at position 0; give it the cache that holds earlier tokens")  # fmt: skip
         return KVCache(self.config, batch, tokens, self.decoder.norm.weight.dtype)
+
+    def packed(self, ids: Tensor, positions: Tensor, starts: Tensor, columns: Tensor, cache):
+        """Logits (n, V) fp32 of ``columns`` (n,) of a step that holds tokens of several requests.
+
+        ids, positions  (N,) int64, the place of each token in its own request
+        starts          (N,) int64: the slot at which its request begins, in a cache of one row
+        columns         (n,) int64, ascending
+
+        A prompt's tokens stand in order; single tokens stand anywhere beside them.
+        """
+        self.use(cache)
+        self._expect_rows(1, cache)
+        given = ids, positions, starts, columns
+        expect(all(t.dtype == torch.int64 and t.dim() == 1 for t in given) and
+               ids.shape == positions.shape == starts.shape, "decode_step.packed needs int64 ids, "
+               "positions and starts of one length, and int64 columns")  # fmt: skip
+        given = ids, positions, starts = tuple(t.contiguous() for t in given[:3])
+        ends = columns.tolist()
+        expect(
+            ends == sorted(ends) and (not ends or 0 <= ends[0] and ends[-1] < len(ids)),
+            f"decode_step.packed needs ascending columns of {len(ids)} tokens, not {ends}",
+        )
+        logits, done = torch.empty(len(ends), self.model.vocab), 0
+        for at in range(0, len(ids), MOST_ROWS):  # later tokens find earlier ones in the cache
+            tokens, where, begin = (t[at : at + MOST_ROWS] for t in given)
+            here = torch.tensor([e - at for e in ends[done:] if e < at + MOST_ROWS])
+            packed = _Packed(begin.data_ptr(), here.data_ptr(), len(here))
+            call = self.raw(len(tokens), 1, 1, packed)
+            call(tokens.data_ptr(), where.data_ptr(), logits[done:].data_ptr(), 0)
+            done += len(here)
+        return logits
 
     def _part(self, ids: Tensor, positions: Tensor, outputs: int) -> Tensor:
         B, T = ids.shape

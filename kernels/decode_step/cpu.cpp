@@ -11,6 +11,17 @@ constexpr int64_t MOST_TOKENS = 16;  // of a row, in a step
 constexpr int64_t FEW =
     2;  // rows that every thread prepares for itself rather than wait for others
 
+// Tokens of several requests in one step (B tokens, T 1), each request in a span of the slots of a
+// cache of one row.  Keys of a step are all written before any is read, so whole prompts may stand
+// beside single tokens.
+struct Packed {
+    const int64_t *starts, *columns;  // (B,) where each token's span begins; which tokens get logits
+    int64_t wanted;                   // how many these are
+};
+static bool is_prompt(int64_t B, int64_t T, const Packed* packed) {
+    return (packed ? B : T) > MOST_TOKENS;
+}
+
 // What one call works on; the buffers are shared by its threads, but for each one's own.
 struct Step {
     const Model& m;
@@ -26,9 +37,14 @@ struct Step {
     const int thread;
     float* best;  // (threads, B * outputs)
     int64_t* best_at;
+    const Packed* packed;  // or null: every row has its own row of the cache
 
     int64_t rows() const { return B * T; }
-    bool prompt() const { return T > MOST_TOKENS; }
+    bool prompt() const { return is_prompt(B, T, packed); }
+    // The first slot of row b (or of its token's request) for one kv head, in all of the cache.
+    int64_t span(int64_t b, int64_t head) const {
+        return packed ? head * m.slots + packed->starts[b] : (b * m.kv_heads + head) * m.slots;
+    }
     Share share(int64_t total, int64_t unit) const { return {total, thread, team.size, unit}; }
 
     // Rows of `from` (n, K), normalized when there is a weight, as `l` wants them.
@@ -114,7 +130,7 @@ struct Step {
         };
         float *k = row + (H + head) * D, *v = row + (H + m.kv_heads + head) * D;
         turned(k, layer.k_norm, 1);
-        const int64_t slot = ((b * m.kv_heads + head) * m.slots + p) * D;
+        const int64_t slot = (span(b, head) + p) * D;
         for (int64_t d = 0; d < D; ++d) {
             from_float((C*)layer.keys + slot + d, k[d]);
             from_float((C*)layer.values + slot + d, v[d]);
@@ -126,14 +142,14 @@ struct Step {
     void attend_to(const Layer& layer, int64_t b, int64_t h, int64_t t) {
         const int64_t D = m.head_dim, H = m.heads, p = positions[b * T + t];
         const int64_t first = m.window && p >= m.window ? p - m.window + 1 : 0;
-        const int64_t start = (b * m.kv_heads + h / (H / m.kv_heads)) * m.slots * D;
+        const int64_t start = span(b, h / (H / m.kv_heads)) * D;
         attend(qkv + ((b * T + t) * (H + 2 * m.kv_heads) + h) * D, (const C*)layer.keys + start,
                (const C*)layer.values + start, first, p, D, attended + ((b * T + t) * H + h) * D);
     }
     template <class C>
     void attention(const Layer& layer) {
         const int64_t H = m.heads, G = H / m.kv_heads, tasks = B * m.kv_heads;
-        const bool apart = prompt() || tasks < team.size;  // queries are shared among all threads
+        const bool apart = packed || prompt() || tasks < team.size;  // queries are shared among all threads
         for (int64_t task = thread; task < tasks; task += team.size) {
             const int64_t b = task / m.kv_heads, head = task % m.kv_heads;
             for (int64_t t = 0; t < T; ++t) append<C>(layer, b, head, t);
@@ -184,16 +200,18 @@ struct Step {
             team.meet();
             feed_forward(l, n);
         }
-        if (outputs) predict();
+        if (packed ? packed->wanted : outputs) predict();
     }
 
     void predict() {
-        const int64_t C = m.hidden, wanted = B * outputs;
+        const int64_t C = m.hidden, wanted = packed ? packed->wanted : B * outputs;
         const float* last = x;
-        if (outputs < T) {  // the last token of each row, packed
-            const Share some = share(B, 1);
-            for (int64_t b = some.begin; b < some.end; ++b)
-                std::memcpy(up + b * C, x + (b * T + T - 1) * C, C * sizeof(float));
+        if (packed || outputs < T) {  // these tokens, or the last one of each row, side by side
+            const Share some = share(wanted, 1);
+            for (int64_t i = some.begin; i < some.end; ++i) {
+                const int64_t from = packed ? packed->columns[i] : i * T + T - 1;
+                std::memcpy(up + i * C, x + from * C, C * sizeof(float));
+            }
             last = up;
             team.meet();
         }
@@ -240,7 +258,7 @@ struct Layout {
     Buffers buffers(int64_t rows, int64_t wide) {
         return {take(rows * apart(wide)), (uint8_t*)take(rows * apart(wide)), take(rows)};
     }
-    Layout(const Model& m, int64_t B, int64_t T, int64_t threads, float* base,
+    Layout(const Model& m, int64_t B, int64_t T, int64_t threads, bool prompt, float* base,
            Buffers* own = nullptr, float** scratch = nullptr)
         : base(base), own(own), scratch(scratch) {
         const int64_t rows = tall(B * T), wide = widest(m);
@@ -255,29 +273,33 @@ struct Layout {
         for (int64_t t = 0; t < threads; ++t) {
             const Buffers mine = buffers(tall(FEW), wide);
             float* space = take(std::max(BLOCK_ROWS * apart(wide),
-                                         T > MOST_TOKENS ? panel_scratch(rows, wide) : 0));
+                                         prompt ? panel_scratch(rows, wide) : 0));
             if (own) own[t] = mine, scratch[t] = space;
         }
     }
 };
 
 // Floats of workspace that `decode_step` needs for this many rows of tokens and threads.
-extern "C" int64_t decode_step_workspace(const Model* m, int64_t B, int64_t T, int64_t threads) {
-    return Layout(*m, B, T, threads, nullptr).used;
+extern "C" int64_t decode_step_workspace(const Model* m, int64_t B, int64_t T, int64_t threads,
+                                         const Packed* packed) {
+    return Layout(*m, B, T, threads, is_prompt(B, T, packed), nullptr).used;
 }
 
 // `steps` > 1 (T and outputs 1): each step's argmax, written after its ids, are the next one's ids.
 // Returns 0, or 1 for a token outside the vocabulary, 2 for a position outside the cache.
 extern "C" int decode_step(const Model* m, const int64_t* ids, const int64_t* positions, int64_t B,
                            int64_t T, float* logits, int64_t* argmax, int64_t outputs,
-                           float* workspace, int threads, int64_t steps) {
+                           float* workspace, int threads, int64_t steps, const Packed* packed) {
     for (int64_t i = 0; i < B * T; ++i)
         if (ids[i] < 0 || ids[i] >= m->vocab) return 1;
     for (int64_t i = 0; i < B * T * steps; ++i)
         if (positions[i] < 0 || positions[i] >= m->slots) return 2;
+    for (int64_t i = 0; packed && i < B; ++i)
+        if (packed->starts[i] < 0 || packed->starts[i] + positions[i] >= m->slots) return 2;
     const std::unique_ptr<Buffers[]> own(new Buffers[threads]);
     const std::unique_ptr<float*[]> scratch(new float*[threads]);
-    const Layout l(*m, B, T, threads, workspace, own.get(), scratch.get());
+    const bool prompt = is_prompt(B, T, packed);
+    const Layout l(*m, B, T, threads, prompt, workspace, own.get(), scratch.get());
     const auto run = [&](int thread, Team& team) {
         for (int64_t i = 0; i < steps; ++i) {
             Step{*m,
@@ -299,7 +321,8 @@ extern "C" int decode_step(const Model* m, const int64_t* ids, const int64_t* po
                  team,
                  thread,
                  l.best,
-                 (int64_t*)l.best_at}
+                 (int64_t*)l.best_at,
+                 packed}
                 .run();
             if (i + 1 < steps) team.meet();
         }
