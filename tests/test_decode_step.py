@@ -126,6 +126,50 @@ def test_int8_weights_are_read_as_they_are(dynamic, level):
     assert (got - expected).norm() <= tolerance * expected.norm()
 
 
+def spans_of(*requests):
+    """ids, positions, starts, columns of requests (first slot, earlier tokens, tokens of now)."""
+    ids, positions, starts, columns = [], [], [], []
+    for start, before, tokens in requests:
+        ids += tokens
+        positions += range(before, before + len(tokens))
+        starts += [start] * len(tokens)
+        columns.append(len(ids) - 1)
+    return [torch.tensor(t) for t in (ids, positions, starts, columns)]
+
+
+@pytest.mark.parametrize("level", ISAS)
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.inference_mode()
+def test_requests_in_one_call_get_the_logits_they_get_alone(shape, level):
+    if level not in build.isas():
+        pytest.skip(f"needs {level}; this processor's best is {build.isas()[0]}")
+    model = decoder(**SHAPES[shape], max_positions=300)
+    source = torch.Generator().manual_seed(1)
+    a, b, c, d = (torch.randint(0, 300, (n,), generator=source).tolist() for n in (5, 13, 1, 270))
+    cache = GrowingCache(model.config, 1, 320)
+    with build.isa(level):
+        step = DecodeStep(model)
+        first = step.packed(*spans_of((10, 0, a)), cache)
+        # one goes on where others begin, the last of them longer than one call takes
+        then = step.packed(*spans_of((10, 5, [7]), (30, 0, b), (0, 0, c), (45, 0, d)), cache)
+    texts = [a, [*a, 7], b, c, d]
+    alone = torch.stack([model(torch.tensor([t]))[0, -1] for t in texts])
+    assert (torch.cat((first, then)) - alone).abs().max() <= 32 * torch.finfo().eps * alone.max()
+
+
+@torch.inference_mode()
+def test_packed_tokens_outside_the_cache_and_columns_out_of_order_are_refused():
+    model = decoder()
+    step, cache = DecodeStep(model), GrowingCache(model.config, 1, 20)
+    with pytest.raises(KernelError, match="outside the cache of 20 slots"):
+        step.packed(*spans_of((16, 0, [1, 2, 3, 4, 5])), cache)
+    ids, positions, starts, columns = spans_of((0, 0, [1, 2]), (5, 0, [3]))
+    with pytest.raises(KernelError, match=r"ascending columns of 3 tokens, not \[2, 1\]"):
+        step.packed(ids, positions, starts, columns.flip(0), cache)
+    with pytest.raises(KernelError, match="int64 ids, positions and starts of one length"):
+        step.packed(ids, positions[:2], starts, columns, cache)
+
+
 def quantized_to_int4(model):
     """The linears but the head are int4; their ``forward`` computes in fp32."""
     from impl.quantization.int4 import Int4Linear, quantize_linears

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from impl.batching import packed
 from impl.batching.continuous import serve_continuous
 from impl.batching.replay import Arrivals, Clock
 from impl.batching.schedulers import pad_left, serve_static
@@ -14,6 +15,7 @@ from impl.core import TECHNIQUES, Engine, NotEngaged, Request, StudyError, build
 from impl.fidelity import NEAR_TIE
 from impl.models.decoder import KVCache
 from impl.models.requests import LONGEST, request_trace, trace_hash
+from kernels.build import lacks_compiler
 
 LEAN = ["lean_decoder", "static_batching", "continuous_batching"]
 SCHEDULERS = [*LEAN, "eager", "peer_padded_generate", "peer_generate_batch"]
@@ -125,16 +127,100 @@ def test_same_tokens_when_shapes_may_not_change(model, name, trace):
             assert len(set(widths)) <= 1, "a decode step changed its shape"
 
 
-@pytest.mark.parametrize("name", ["static_batching", "continuous_batching"])
-def test_same_tokens_under_a_sliding_window(name):
+PACKED = ["operator", "gathered", "decode_step"]
+
+
+@contextlib.contextmanager
+def packing(model, how, monkeypatch, **options):
+    """Continuous batching by packed steps: attention by our operator or without, or one C++ call.
+
+    Yields the engine and a list: for each step how many prompts it holds, and its single tokens.
+    """
+    if how != "gathered" and (reason := lacks_compiler()):
+        pytest.skip(reason)
+    names = ["continuous_batching"] + ["decode_step"] * (how == "decode_step")
+    gathers = how != "operator"
+    if gathers:
+        monkeypatch.setattr(packed, "own_span_operator", lambda keys: None)
+    steps, taken = [], []
+    with serving(model, *names, **options) as engine:
+        point, single = packed.SharedSlots.point, packed.SharedSlots._single_tokens
+
+        def see_point(self, at, positions, prompts, longest):
+            steps.append((len(prompts), len(at) - sum(prompts)))
+            return point(self, at, positions, prompts, longest)
+
+        def see_single(self, layer, q):
+            taken.append(self.paged is None)
+            return single(self, layer, q)
+
+        monkeypatch.setattr(packed.SharedSlots, "point", see_point)
+        monkeypatch.setattr(packed.SharedSlots, "_single_tokens", see_single)
+        yield engine, steps
+        fused = engine.stats.get("fused_steps", 0)
+        assert fused == (len(steps) if how == "decode_step" else 0), "steps were not one call each"
+        assert set(taken) == (set() if how == "decode_step" else {gathers})
+
+
+@pytest.mark.parametrize("how", PACKED)
+@pytest.mark.parametrize("window", [None, 5])
+def test_prompts_and_single_tokens_of_one_step_get_their_own_answers(how, window, monkeypatch):
+    model = small_model() if window is None else windowed_model(window)
+    trace = TRACES["more requests than slots"]
+    with packing(model, how, monkeypatch) as (engine, steps):
+        check(model, trace, engine.serve(trace))
+    assert any(prompts > 1 for prompts, _ in steps), "no forward held several prompts"
+    assert any(prompts and singles for prompts, singles in steps), "no prompt joined a step"
+    assert any(singles == 3 for _, singles in steps), "no step served all rows"
+
+
+@pytest.mark.parametrize("trace", TRACES)
+def test_same_tokens_where_a_step_is_one_call(model, trace):
+    if reason := lacks_compiler():
+        pytest.skip(reason)
+    with serving(model, "continuous_batching", "decode_step") as engine:
+        check(model, TRACES[trace], engine.serve(TRACES[trace]))
+
+
+def windowed_model(window):
     import transformers
 
-    torch.manual_seed(0)
-    config = transformers.MistralConfig(**SHAPE, sliding_window=5)
-    windowed = transformers.MistralForCausalLM(config).eval().requires_grad_(False)
-    with serving(windowed, name) as engine:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = transformers.MistralConfig(**SHAPE, sliding_window=window)
+        return transformers.MistralForCausalLM(config).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("static_cache", [False, True])
+@pytest.mark.parametrize("name", ["static_batching", "continuous_batching"])
+def test_same_tokens_under_a_sliding_window(name, static_cache):
+    windowed = windowed_model(5)
+    with serving(windowed, name, static_cache=static_cache) as engine:
         trace = TRACES["more requests than slots"]
         check(windowed, trace, engine.serve(trace))
+
+
+@pytest.mark.parametrize(
+    ("need", "capacity", "place"),
+    [(4, 40, 0), (5, 40, 14), (6, 40, 14), (7, 40, 30), (10, 40, 30), (11, 40, None),
+     (1, 30, 0), (7, 30, None)],
+)  # fmt: skip
+def test_the_lowest_gap_that_is_wide_enough(need, capacity, place):
+    spans = [(20, 10), (4, 10)]  # in no order: gaps 0..3, 14..19 and from 30 on
+    seats = [packed.Seat(Request(0, torch.zeros(n - 1), 1), at, n) for at, n in spans]
+    assert packed.first_fit(seats, need, capacity) == place
+    assert packed.first_fit([], need, capacity) == 0
+
+
+def test_a_request_that_finds_no_gap_waits_for_one(model):
+    # two of 64 slots: 52, 16 and then 64, which fits neither into 52 nor behind 68
+    requests = requests_of((50, 2), (4, 12), (50, 14), (3, 2))
+    with serving(model, "continuous_batching", batch=2) as engine:
+        answers = engine.serve(requests)
+    check(model, requests, answers)
+    _, long, wide, last = answers
+    assert wide.first_token_s > long.done_s, "it was admitted where it has no room"
+    assert last.first_token_s >= wide.first_token_s, "a later request overtook it"
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)

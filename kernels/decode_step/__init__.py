@@ -198,8 +198,8 @@ class DecodeStep:
         """
         threads = torch.get_num_threads()
         step = build.cpu_function("decode_step", "decode_step", _STEP, c_int)
-        size = build.cpu_function("decode_step", "decode_step_workspace",
-                                  (POINTER(_Model), *[c_int64] * 3, POINTER(_Packed)), c_int64)  # fmt: skip
+        sizes = (POINTER(_Model), *[c_int64] * 3, POINTER(_Packed))
+        size = build.cpu_function("decode_step", "decode_step_workspace", sizes, c_int64)
         needed = size(self.model, batch, tokens, threads, packed)
         if self._space.numel() < needed:
             self._space = torch.empty(needed)
@@ -262,7 +262,7 @@ class DecodeStep:
         given = ids, positions, starts = tuple(t.contiguous() for t in given[:3])
         ends = columns.tolist()
         expect(
-            ends == sorted(ends) and (not ends or 0 <= ends[0] and ends[-1] < len(ids)),
+            ends == sorted(ends) and all(0 <= e < len(ids) for e in ends),
             f"decode_step.packed needs ascending columns of {len(ids)} tokens, not {ends}",
         )
         logits, done = torch.empty(len(ends), self.model.vocab), 0
