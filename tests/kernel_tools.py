@@ -260,6 +260,26 @@ print(json.dumps(compile_triton(*sys.argv[1:])))
 """
 
 
+def mend_interpreter() -> None:
+    """Let Triton before 3.7 take a loop's bound from an array of one element, as later ones do.
+
+    Its interpreter calls ``int`` of it, which NumPy refuses since 2.5.
+    """
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor, *scope):
+        patch(tensor, *scope)
+        index = lambda self: int(self.handle.data.squeeze())  # noqa: E731
+        if scope:
+            scope[0].set_attr(tensor, "__index__", index)
+        else:
+            tensor.__index__ = index
+
+    interpreter._patch_lang_tensor = patched
+
+
 def compile_triton(name: str, arch: str) -> dict:
     """{version, usage, opcodes} of every kernel and dtype; a process of its own must call this."""
     import triton

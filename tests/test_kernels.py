@@ -39,6 +39,9 @@ def only_when_asked(request):
         pytest.skip("takes minutes; run it with: pytest tests/test_kernels.py -m slow")
 
 
+if build.interpreting():
+    kernel_tools.mend_interpreter()
+
 CPU_ROUTES = ["cpu", "cpu_avx512_vnni", "cpu_avx2", "cpu_plain"]
 ROUTES = [*CPU_ROUTES, "triton", "cuda", "cuda_on_host"]
 

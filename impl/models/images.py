@@ -60,7 +60,7 @@ def _classes(spec: ModelSpec) -> dict[str, int]:
 
 
 def _processor(spec: ModelSpec):
-    from transformers import AutoImageProcessor
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     try:
         return AutoImageProcessor.from_pretrained(spec.path)

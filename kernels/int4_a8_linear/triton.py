@@ -39,7 +39,7 @@ def int4_a8_linear_quantize_kernel(x_ptr, q_ptr, scale_x_ptr, x_stride, K, GROUP
     top = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
     finite = top < 0x7F800000
     scale = tl.div_rn(top.to(tl.float32, bitcast=True), tl.full([BLOCK], 127.0, tl.float32))
-    scale = tl.maximum(scale, 1.17549435e-38)  # of less, no inverse is finite
+    scale = tl.maximum(scale, 1.1754944e-38)  # 2^-126: of less, no inverse is finite
     inverse = tl.div_rn(tl.full([BLOCK], 1.0, tl.float32), scale)
     # from 3 * 2^22 on floats are whole: to the nearest, at ties to the even one
     whole = x * inverse[:, None] + 12582912.0 - 12582912.0

@@ -45,7 +45,7 @@ def magnitude(x):
 def scale_of(top):
     """(max|x| / 127, its inverse, whether all were finite) of the largest ``magnitude``."""
     scale = tl.div_rn(top.to(tl.float32, bitcast=True), tl.full(top.shape, 127.0, tl.float32))
-    scale = tl.maximum(scale, 1.17549435e-38)  # of less, no inverse is finite
+    scale = tl.maximum(scale, 1.1754944e-38)  # 2^-126: of less, no inverse is finite
     return scale, tl.div_rn(tl.full(top.shape, 1.0, tl.float32), scale), top < 0x7F800000
 
 
