@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -204,3 +205,31 @@ def test_options_that_spoil_numbers_are_refused(tmp_path, options, says):
     run = Run(tmp_path, "ends.py", *options)
     assert run.code == 4, run.text
     assert says in run.text
+
+
+def test_tokens_are_judged_once_and_other_tokens_again():
+    import torch
+
+    from tests.matrix import Selection
+    from tests.plugins.engines import Checks
+
+    judged = []
+
+    def forward(ids):  # the choice after each token is the next number
+        judged.append(ids)
+        return torch.nn.functional.one_hot(ids + 1, 20).float()
+
+    engine = SimpleNamespace(forward=forward)
+    pool = SimpleNamespace(get=lambda *_: SimpleNamespace(engine=engine))
+    selection = Selection("smoke")
+    checks = Checks(pool, selection, "cpu")
+    cell = next(iter(selection.cells().values()))
+    right = torch.arange(8)[None]
+    for other in (cell, cell.of("lean_decoder")):
+        assert checks.agree(other, right[:, :5], 3, right.clone()) == 0
+    assert len(judged) == 1, "the same tokens were judged twice"
+    wrong = right.clone()
+    wrong[0, 6] += 1
+    for _ in range(2):
+        with pytest.raises(AssertionError, match="2 of 3 tokens are not the choice"):
+            checks.agree(cell, right[:, :5], 3, wrong)

@@ -9,7 +9,7 @@ import torch
 
 from impl.batching import packed
 from impl.batching.continuous import serve_continuous
-from impl.batching.replay import Arrivals, Clock
+from impl.batching.replay import Arrivals, Clock, Pace
 from impl.batching.schedulers import pad_left, serve_static
 from impl.core import TECHNIQUES, Engine, NotEngaged, Request, StudyError, build, stack
 from impl.fidelity import NEAR_TIE
@@ -308,6 +308,38 @@ def test_arrivals_come_in_order_and_not_more_than_asked():
     assert clock.time == 3.0
     assert [r.id for r in arrivals.take(9)] == [0]
     assert not arrivals
+
+
+def test_the_host_is_one_step_ahead_of_a_device_and_none_where_a_token_is_due(monkeypatch):
+    log = []
+
+    class Event:
+        def __init__(self):
+            self.number = sum(line.startswith("launched") for line in log)
+
+        def record(self):
+            log.append(f"launched {self.number}")
+
+        def synchronize(self):
+            log.append(f"waited for {self.number}")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("waited for all"))
+    pace = Pace(torch.device("cuda"))
+    for due in (True, False, False, False, True, False):
+        pace.step(due)
+    assert log == ["waited for all", "launched 0", "launched 1", "waited for 0",
+                   "launched 2", "waited for 1", "waited for all", "launched 3"]  # fmt: skip
+    Pace(torch.device("cpu")).step(due=False)
+    assert len(log) == 8, "a CPU has nothing to wait for"
+
+
+def test_a_token_is_due_where_a_request_begins_or_ends(model, monkeypatch):
+    waits = []
+    monkeypatch.setattr(Pace, "step", lambda self, due: waits.append(due))
+    with serving(model, "continuous_batching", batch=2) as engine:
+        engine.serve(requests_of((4, 5), (6, 3)))
+    assert waits == [True, False, True, False, True]
 
 
 def test_padding_stands_left_at_the_spare_position():

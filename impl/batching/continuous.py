@@ -10,7 +10,7 @@ from impl.machine import finish
 
 from .packed import PackedPrompts, Seat, SharedSlots, first_fit, next_step
 from .proofs import joins_while_others_decode
-from .replay import Arrivals, Clock, Meter, slots_for
+from .replay import Arrivals, Clock, Meter, Pace, sent, slots_for
 
 
 @technique(phase="schedule", fidelity=same_tokens, needs={"generate", "lean"}, min_batch=2,
@@ -58,7 +58,7 @@ def serve_packed(engine: Engine, arrivals: Arrivals, cache, meter: Meter) -> dic
     """Every step is one row of tokens: new prompts, and one token of each request before them."""
     shared, clock, device = SharedSlots(cache), arrivals.clock, engine.device
     text = torch.zeros(cache.max_len, dtype=torch.int64, device=device)  # token of each slot
-    seats: list[Seat] = []
+    pace, seats = Pace(device), []
     answers: dict[int, Response] = {}
     while arrivals or seats:
         if not seats:
@@ -77,14 +77,14 @@ def serve_packed(engine: Engine, arrivals: Arrivals, cache, meter: Meter) -> dic
         if not seats:
             continue
         step = next_step(seats)
-        at, positions = torch.tensor((step.at, step.positions)).to(device)
-        columns = torch.tensor(step.columns).to(device)
+        at, positions = sent((step.at, step.positions), device)
+        columns = sent(step.columns, device)
         decoding = len(seats) - len(step.prompts)
         longest = 1 + max(step.positions[:decoding], default=0)
         shared.point(at, positions, step.prompts, longest)
         new = meter.forward(text[at][None], positions[None], shared, decoding, columns=columns)
         text[at[columns] + 1] = new[0]
-        finish(device)
+        pace.step(due=any(not s.fed or s.length + 1 == s.end for s in seats))
         for seat in seats:
             if not seat.fed:
                 seat.first_token_s = clock.now()

@@ -8,6 +8,7 @@ import time
 import torch
 
 from impl.core import Engine, Request, StudyError
+from impl.machine import finish
 
 SLOT_MULTIPLE = 64  # cache lengths are rounded up to it, so that traces share compiled shapes
 
@@ -26,6 +27,36 @@ class Clock:
         while (left := moment - self.now()) > 0:
             time.sleep(left)
         self.waited += self.now() - before
+
+
+class Pace:
+    """Lets the host be one step ahead of the device: it prepares one while another is computed.
+
+    Lengths are known in advance, so that the host need not see a token to go on.  It waits where
+    somebody's first or last token is due, which exists once it is computed; and further ahead
+    than a step it would admit late those who arrive meanwhile.  A CPU computes when it is told.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, self.before = device, None
+
+    def step(self, due: bool) -> None:
+        """After the launch of a step; all is computed on return if ``due``."""
+        if due or self.device.type != "cuda":
+            finish(self.device)
+            self.before = None
+            return
+        launched = torch.cuda.Event()
+        launched.record()
+        if self.before is not None:
+            self.before.synchronize()
+        self.before = launched
+
+
+def sent(numbers, device: torch.device) -> torch.Tensor:
+    """int64 numbers on the device, without waiting for what it computes (from pinned memory)."""
+    pinned = torch.tensor(numbers, pin_memory=device.type == "cuda")
+    return pinned.to(device, non_blocking=True)
 
 
 class Arrivals:
