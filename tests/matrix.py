@@ -221,6 +221,10 @@ HEADLINE = [
 ]  # fmt: skip
 
 
+# One cell in core beside its batched bf16: they share arithmetic or weights with int8 and int4.
+ONCE = {"fp8_dynamic": (), "int4_dynamic_g32": ("bf16",)}
+
+
 def in_profile(name: str, techniques: tuple[Technique, ...], model: str, precision: str,
                batch: int) -> bool:  # fmt: skip
     """Whether the profile takes this cell of its axes (all of them, unless said here)."""
@@ -232,6 +236,9 @@ def in_profile(name: str, techniques: tuple[Technique, ...], model: str, precisi
     baseline, peer = names <= {"eager", "lean_decoder"}, techniques[-1].is_peer
     if model == "llama_1b":  # seconds a step: what a lean step is worth beyond the cache
         return names == {"lean_decoder"} and precision == "bf16" and batch == 1
+    if len(names) == 1 and (extra := ONCE.get(techniques[0].name)) is not None:
+        once = precision == "fp32" and batch == 1
+        return model == "lm_small" and (once or (precision in extra and batch == 8))
     if model != "lm_small":  # one batch through an encoder or a classifier
         weights_compiled = names == {"int8_weight_only", "torch_compile"}
         own_batch = 1 if SPECS[model].kind == "encoder" else 8

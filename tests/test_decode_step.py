@@ -323,6 +323,17 @@ def test_bad_input_is_one_sentence():
         DecodeStep(decoder(num_experts=2, experts_per_token=1))
 
 
+@pytest.mark.parametrize(("name", "sentence"), [
+    ("int4_dynamic_g32", "activations in fp32; take int4_weight_only_g32"),
+    ("fp8_dynamic", "float32, bfloat16 or int8 on the CPU, not Fp8Linear with torch.float8_e4m3fn"),
+])  # fmt: skip
+def test_weights_and_activations_it_does_not_hold_are_one_sentence(name, sentence):
+    from impl.core import StudyError, build, stack
+
+    with pytest.raises(StudyError, match=sentence):
+        build(engine(), stack("decode_step", name))
+
+
 def engine(**options):
     """An engine on a small Llama of transformers, with these techniques' members applied."""
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -8,8 +8,14 @@ import pytest
 import torch
 
 from impl.core import NotEngaged
-from impl.quantization.int4 import Int4Linear, quantize_linears, stored_as_int4
-from impl.quantization.layers import Int8Embedding, Int8Linear
+from impl.quantization.int4 import (
+    Int4DynamicLinear,
+    Int4Linear,
+    computed_from_int4,
+    quantize_linears,
+    stored_as_int4,
+)
+from impl.quantization.layers import Int8DynamicLinear, Int8Embedding, Int8Linear
 from kernels.int4_a8_linear import int4_a8_linear
 from kernels.int4_a8_linear.reference import quantize_groups
 from kernels.int4_linear import dequantize, quantize
@@ -182,3 +188,18 @@ def test_the_proof_sees_layers_that_are_float_or_padded_or_not_read():
     engine.model.up = Int8Linear.from_float(torch.nn.Linear(64, 72))
     with pytest.raises(NotEngaged, match="no layer of the model holds int4"):
         stored_as_int4(engine, run)
+
+
+@torch.inference_mode()
+def test_int4_with_int8_activations_proves_its_arithmetic(monkeypatch):
+    from types import SimpleNamespace
+
+    model, ids = Tied().eval(), torch.arange(6)[None]
+    quantize_linears(model, 32, Int4DynamicLinear)
+    assert type(model.lm_head) is Int8DynamicLinear
+    engine = SimpleNamespace(model=model, stats={}, dtype=torch.float32, device=torch.device("cpu"))
+    proof = computed_from_int4(engine, lambda: model(ids))
+    assert "sums int32 in study::int4_a8_linear." in proof
+    monkeypatch.setattr(Int4DynamicLinear, "forward", Int4Linear.forward)
+    with pytest.raises(NotEngaged, match="none multiplies as study::int4_a8_linear"):
+        computed_from_int4(engine, lambda: model(ids))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import itertools
 import math
 import weakref
 
@@ -16,7 +17,7 @@ from impl.models import SPECS
 from impl.models.costs import weight_bytes
 from impl.models.decoder import DecoderConfig, LeanDecoder
 from impl.quantization import layers, numerics
-from impl.quantization.int8 import quantize_modules
+from impl.quantization.int8 import _Operators, quantize_modules
 
 SHAPES = [(1, 1), (3, 5), (7, 64), (128, 33), (10, 3, 3, 5)]
 ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -33,6 +34,24 @@ def linear(n=48, k=40, bias=True, dtype=torch.float32):
         made.bias.data = normal(n, seed=1)
     return made.to(dtype).requires_grad_(False)
 
+
+@pytest.fixture
+def choose(monkeypatch):
+    """``choose(kernels)``: with our kernels, or as where there is no compiler."""
+
+    def chosen(kernels: bool) -> bool:
+        from kernels import build
+
+        if not kernels:
+            monkeypatch.setattr(build, "lacks_compiler", lambda: "no compiler, for this test")
+        elif reason := build.lacks_compiler():
+            pytest.skip(reason)
+        return kernels
+
+    return chosen
+
+
+both_ways = pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "no_compiler"])
 
 # ---- quantizers ----------------------------------------------------------------------------
 
@@ -94,7 +113,9 @@ def test_weights_that_are_not_finite_are_refused(bad):
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
-def test_a_token_that_is_not_finite_shows_in_its_own_output_only(bad):
+@both_ways
+def test_a_token_that_is_not_finite_shows_in_its_own_output_only(kernels, bad, choose):
+    choose(kernels)
     x = normal(3, 40)
     x[1, 5] = bad
     y = layers.Int8DynamicLinear.from_float(linear())(x)
@@ -140,8 +161,11 @@ def test_digits_of_nothing_are_nothing_and_of_infinity_are_not_finite():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("inputs", [40, 64, 37])
-@pytest.mark.parametrize("leading", [(), (1,), (3,), (2, 1), (2, 5, 3)], ids=str)
-def test_weight_only_linear_is_the_product_with_the_rounded_weights(leading, inputs, bias, dtype):
+@pytest.mark.parametrize("leading", [(), (1,), (3,), (2, 1), (2, 5, 3), (70,)], ids=str)
+@both_ways
+def test_weight_only_linear_is_the_product_with_the_rounded_weights(
+        kernels, leading, inputs, bias, dtype, choose):  # fmt: skip
+    choose(kernels)
     int8 = layers.Int8Linear.from_float(linear(k=inputs, bias=bias, dtype=dtype))
     x = normal(*leading, int8.in_features, dtype=dtype)
     weight = int8.weight.double() * int8.scale.double()[:, None]
@@ -157,7 +181,9 @@ def test_weight_only_linear_is_the_product_with_the_rounded_weights(leading, inp
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("leading", [(), (1,), (2, 5, 3)], ids=str)
-def test_dynamic_linear_is_the_product_of_the_rounded_operands(leading, dtype):
+@both_ways
+def test_dynamic_linear_is_the_product_of_the_rounded_operands(kernels, leading, dtype, choose):
+    choose(kernels)
     int8 = layers.Int8DynamicLinear.from_float(linear(dtype=dtype))
     x = normal(*leading, int8.in_features, dtype=dtype)
     q, scale = numerics.quantize_per_token(x)
@@ -168,10 +194,26 @@ def test_dynamic_linear_is_the_product_of_the_rounded_operands(leading, dtype):
     assert ((y.double() - exact - int8.bias.double()).abs() <= bound).all()
 
 
-def test_a_token_gives_the_same_bits_alone_and_in_a_batch():
+@both_ways
+def test_a_token_gives_the_same_bits_alone_and_in_a_batch(kernels, choose):
+    choose(kernels)
     int8 = layers.Int8DynamicLinear.from_float(linear())
     x = normal(6, 40) * torch.tensor([1.0, 1e-3, 1e3, 0.0, 1.0, 50.0])[:, None]
     assert torch.cat([int8(row[None]) for row in x]).equal(int8(x))
+
+
+def test_layers_run_on_the_kernels_and_by_torch_where_that_is_faster(choose):
+    choose(True)
+    ran = {}
+    for dtype, tokens in itertools.product((torch.float32, torch.bfloat16), (1, 16, 64, 65)):
+        with _Operators() as operators:
+            layers.Int8Linear.from_float(linear(48, 64, dtype=dtype))(
+                normal(tokens, 64, dtype=dtype))  # fmt: skip
+        ran[dtype, tokens] = "study::int8_linear.cpu" in operators.names
+    wide, narrow = torch.float32, torch.bfloat16
+    assert ran == {(wide, 1): True, (wide, 16): True, (wide, 64): True, (wide, 65): True,
+                   (narrow, 1): False, (narrow, 16): True, (narrow, 64): True,
+                   (narrow, 65): False}  # fmt: skip
 
 
 CONVOLUTIONS = [  # in, out, kernel, stride, padding, bias
@@ -320,12 +362,63 @@ def test_proof_of_int8_arithmetic_fails_for_weights_alone():
         TECHNIQUES["int8_dynamic"].effect(engine, lambda: engine.forward(torch.arange(8)[None]))
 
 
+@both_ways
+def test_proof_of_int8_arithmetic_names_the_operator_that_multiplied(kernels, choose):
+    engine = engine_of(int8(tiny(), dynamic=True))
+    operator = "study::w8a8_linear.cpu" if choose(kernels) else "aten::_int_mm"
+    effect = TECHNIQUES["int8_dynamic"].effect
+    proof = effect(engine, lambda: engine.forward(torch.arange(8)[None]))
+    assert proof.endswith(f"sums int32 in {operator}")
+
+
 def test_proof_of_int8_arithmetic_fails_for_float_products(monkeypatch):
     engine = engine_of(int8(tiny(), dynamic=True))
     wide = lambda a, b: (a.float() @ b.float().T).int()  # noqa: E731
     monkeypatch.setattr(layers, "int8_matmul", wide)
-    with pytest.raises(NotEngaged, match="Int8DynamicLinear calls no int8 matrix product"):
+    monkeypatch.setattr(layers.Int8DynamicLinear, "forward", layers.Int8DynamicLinear.by_torch)
+    with pytest.raises(NotEngaged, match="none multiplies as study::w8a8_linear"):
         TECHNIQUES["int8_dynamic"].effect(engine, lambda: engine.forward(torch.arange(8)[None]))
+
+
+@torch.inference_mode()
+def test_fp8_layers_prove_themselves_and_say_that_they_are_emulated():
+    from impl.quantization.fp8 import Fp8Embedding, Fp8Linear
+
+    technique, ids = TECHNIQUES["fp8_dynamic"], torch.arange(8)[None]
+    engine, plain = engine_of(tiny()), tiny()
+    with pytest.raises(NotEngaged, match="no layer of the model holds fp8"):
+        technique.effect(engine, lambda: engine.forward(ids))
+    model = technique.apply(engine).model
+    assert isinstance(model.embed, Fp8Embedding)
+    assert model.embed.weight.data_ptr() == model.lm_head.weight.data_ptr()
+    # a rounding of e4m3 is at most 2^-4: about 30 dB a product
+    assert sqnr_db(plain(ids), engine.forward(ids)) > 18
+    before = engine.forward(ids)
+    proof = technique.effect(engine, lambda: engine.forward(ids))
+    assert "EMULATED" in proof
+    assert engine.forward(ids).equal(before), "the proof changed the weights"
+    with pytest.raises(NotEngaged, match="they are not read"):
+        technique.effect(engine, lambda: torch.ones(3))
+    engine.model.layers[0].mlp.up_proj = nn.Linear(64, 128, bias=False)
+    with pytest.raises(NotEngaged, match="1 layers still hold float weights"):
+        technique.effect(engine, lambda: engine.forward(ids))
+    layer = Fp8Linear.from_float(linear(37, 40))
+    widened = layer.weight.double() * layer.scale.double()[:, None]
+    x = normal(2, 5, 40)
+    assert sqnr_db(F.linear(x.double(), widened, layer.bias.double()), layer(x)) > 28
+
+
+@torch.inference_mode()
+def test_proof_of_fp8_fails_for_float_products(monkeypatch):
+    from impl.quantization.fp8 import Fp8Linear
+
+    def widened(self, x):
+        return F.linear(x, self.weight.float() * self.scale[:, None])
+
+    engine = TECHNIQUES["fp8_dynamic"].apply(engine_of(tiny()))
+    monkeypatch.setattr(Fp8Linear, "forward", widened)
+    with pytest.raises(NotEngaged, match="none multiplies as study::fp8_linear"):
+        TECHNIQUES["fp8_dynamic"].effect(engine, lambda: engine.forward(torch.arange(8)[None]))
 
 
 @pytest.mark.parametrize(

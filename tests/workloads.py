@@ -78,8 +78,10 @@ class Work:
 def dtype_of_compute(cell: Cell) -> str:
     """The precision whose matrix rate bounds the cell."""
     names = {t.name for t in cell.techniques}
-    if any("int8_dynamic" in n or n == "bnb_int8" for n in names):
+    if any("int8_dynamic" in n or n.startswith("int4_dynamic") or n == "bnb_int8" for n in names):
         return "int8"
+    if "fp8_dynamic" in names:  # widened to bf16 where the hardware has no fp8
+        return "bf16"
     return "bf16" if "autocast_bf16" in names else cell.precision
 
 

@@ -32,7 +32,8 @@ def takes(name: str, module: nn.Module) -> bool:
     return linear or Int8Conv2d.takes(module)
 
 
-def quantize_modules(model: nn.Module, linear: type[Int8Linear], conv: type[Int8Conv2d]) -> None:
+def quantize_modules(model: nn.Module, linear: type[Int8Weight], conv: type[Int8Conv2d],
+                     embedding: type[Int8Weight] = Int8Embedding) -> None:  # fmt: skip
     """Put int8 modules in place of float ones; an embedding tied to a linear layer shares its int8.
 
     The float weights are let go one module at a time.
@@ -40,7 +41,7 @@ def quantize_modules(model: nn.Module, linear: type[Int8Linear], conv: type[Int8
     packed: dict[int, tuple] = {}  # id of a float weight -> (that weight, its int8 module)
     for make, chosen in (
         (None, takes),
-        (Int8Embedding, lambda _, m: type(m) is nn.Embedding and id(m.weight) in packed),
+        (embedding, lambda _, m: type(m) is nn.Embedding and id(m.weight) in packed),
     ):
         for name, module in list(model.named_modules()):
             if not chosen(name, module):
@@ -102,33 +103,48 @@ def stored_as_int8(engine: Engine, run: Callable) -> str:
     return f"{layers} layers read int8: {packed / 1e6:.2f} of {total / 1e6:.2f} MB of weights"
 
 
-class _Int8Products(TorchDispatchMode):
-    """Counts the matrix products of two int8 operands inside."""
+class _Operators(TorchDispatchMode):
+    """The names of the operators that run inside."""
 
-    count = 0
+    def __init__(self):
+        super().__init__()
+        self.names: set[str] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten._int_mm.default:
-            self.count += all(a.dtype == torch.int8 for a in args[:2])
+        self.names.add(func.name())
         return func(*args, **(kwargs or {}))
+
+
+def operators_of(module: nn.Module, engine: Engine) -> set[str]:
+    """The operators, such as ``study::w8a8_linear.cpu``, that the layer runs for three tokens."""
+    if isinstance(module, Int8DynamicConv2d):
+        shape = (1, module.weight.shape[1] // (module.kernel[0] * module.kernel[1]), 9, 9)
+    else:
+        shape = (3, module.in_features)
+    with _Operators() as ran:
+        module(torch.ones(shape, dtype=engine.dtype, device=engine.device))
+    return ran.names
+
+
+def expect_operator(module: nn.Module, engine: Engine, *names: str) -> str:
+    """The operator of these names that the layer runs; raises ``NotEngaged`` for none."""
+    ran = operators_of(module, engine)
+    found = sorted(r for r in ran if r.rpartition(".")[0] in names or r in names)
+    if not found:
+        raise NotEngaged(f"{type(module).__name__} runs {', '.join(sorted(ran))}: none multiplies "
+                         f"as {' or '.join(names)} does")  # fmt: skip
+    return found[0]
 
 
 def computed_in_int8(engine: Engine, run: Callable) -> str:
     """As ``stored_as_int8``, and each kind of layer multiplies int8 by int8."""
-    proof = stored_as_int8(engine, run)
+    proof, by = stored_as_int8(engine, run), set()
     for kind in {type(m) for m in int8_modules(engine)} - {Int8Embedding}:
         module = next(m for m in engine.model.modules() if type(m) is kind)
         if not isinstance(module, Int8DynamicLinear | Int8DynamicConv2d):
             raise NotEngaged(f"{kind.__name__} computes in {engine.dtype}")
-        if isinstance(module, Int8DynamicLinear):
-            shape = (3, module.in_features)
-        else:
-            shape = (1, module.weight.shape[1] // (module.kernel[0] * module.kernel[1]), 9, 9)
-        with _Int8Products() as products:
-            module(torch.ones(shape, dtype=engine.dtype, device=engine.device))
-        if not products.count:
-            raise NotEngaged(f"{kind.__name__} calls no int8 matrix product")
-    return f"{proof}; activations int8 per token, sums int32"
+        by.add(expect_operator(module, engine, "study::w8a8_linear", "aten::_int_mm"))
+    return f"{proof}; activations int8 per token, sums int32 in {' and '.join(sorted(by))}"
 
 
 @technique(phase="compress", needs={"linear"}, replaces="weights", effect=stored_as_int8,

@@ -107,6 +107,8 @@ class DecodeStep:
 
     def _int4(self, module: nn.Module) -> _Linear:
         packed, scale, n = module.packed, module.scale, module.out_features
+        expect(not getattr(module, "dynamic_activations", False), "decode_step multiplies int4 "
+               "weights with activations in fp32; take int4_weight_only_g32")  # fmt: skip
         x = torch.empty(0, packed.shape[1] * 8)
         int4_checks("decode_step")(x, packed, scale, n)
         bias = getattr(module, "bias", None)
