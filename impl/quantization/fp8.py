@@ -12,6 +12,7 @@ from impl.fidelity import budget
 
 from .int8 import expect_operator, quantize_modules, takes, values, zeroed
 from .layers import Int8Conv2d, Int8Weight
+from .numerics import NEAR_TIE
 
 HARDWARE = (8, 9)  # compute capability from which tensor cores multiply e4m3
 
@@ -95,8 +96,8 @@ def computed_in_fp8(engine: Engine, run: Callable) -> str:
 
 @technique(phase="compress", needs={"linear", "attention"}, replaces=("weights", "activations"),
            effect=computed_in_fp8,
-           fidelity=budget("perplexity", 0.02, near_tie=2.0, kl=0.02, accuracy=0.02,
-                           cosine=0.02))  # fmt: skip
+           fidelity=budget("perplexity", 0.015, near_tie=NEAR_TIE, kl=0.012, accuracy=0.015,
+                           cosine=0.01))  # fmt: skip
 def fp8_dynamic(engine: Engine) -> Engine:
     """y = (e4m3(x) @ e4m3(w)) * scale_x * scale_w: eight-bit floats, a scale per token and output.
 
@@ -107,6 +108,8 @@ def fp8_dynamic(engine: Engine) -> Engine:
     measured here yet), and wherever the time is that of reading a quarter of fp32's bytes.  Does
     not on CPUs for more than a few tokens: none multiplies e4m3, so the arithmetic is emulated by
     widening to bf16 or fp32, and the effect says so; nor where int8 is as fast and nearer.
+    Measured (fp32, the texts of the smoke profile): the perplexity of `lm_small` rises by 0.57 %,
+    KL divergence 0.005; `minilm`'s cosine is 0.998.
     ``decode_step`` does not hold it: it takes int8 or int4 weights.
     Source: Micikevicius et al. 2022 (FP8 formats), https://arxiv.org/abs/2209.05433
     """

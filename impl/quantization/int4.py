@@ -166,14 +166,16 @@ def int4_weight_only_g128(engine: Engine) -> Engine:
 
 @technique(phase="compress", needs={"linear", "attention"}, replaces=("weights", "activations"),
            effect=computed_from_int4,
-           fidelity=budget("perplexity", 0.025, near_tie=NEAR_TIE, kl=0.03, accuracy=0.03,
-                           cosine=0.06))  # fmt: skip
+           fidelity=budget("perplexity", 0.015, near_tie=NEAR_TIE, kl=0.025, accuracy=0.02,
+                           cosine=0.05))  # fmt: skip
 def int4_dynamic_g32(engine: Engine) -> Engine:
     """y = sum over groups of (int8(x) . int4(w)) * scale_x * scale_w: products of whole numbers.
 
     The weights of ``int4_weight_only_g32``, so its quality; activations are quantized as they
-    come, with a scale for each token and 32 inputs, which costs nothing beside the weights' four
-    bits: an outlier spoils its own group alone.
+    come, with a scale for each token and 32 inputs, which costs little beside the weights' four
+    bits: an outlier spoils its own group alone.  Measured (fp32, the texts of the smoke profile):
+    the perplexity of `lm_small` rises by 0.46 %, KL divergence 0.016; `minilm`'s cosine is 0.968.
+    The output layer is ``int8_dynamic``'s.
     Helps from one token to many where the processor adds products of int8 (VNNI, tensor cores):
     four bits to read, and a few instructions a cache line instead of widening to floats.  Does not
     where int8 runs at no higher rate than floats, nor for layers so small that quantizing the
