@@ -128,7 +128,7 @@ class Int8DynamicLinear(Int8Linear):
     def forward(self, x: Tensor) -> Tensor:
         """By our kernel where nothing is compiled around it: then quantizing is fused instead.
 
-        Measured as for ``Int8Linear``: 1.3 to 2.6 times ``by_torch`` up to 64 rows, 0.9 to 1.0
+        Measured as for ``Int8Linear``: 1.2 to 2.6 times ``by_torch`` up to 64 rows, 0.9 to 1.0
         with 128, 1.2 to 1.4 with 512.  Compiled with the kernel, `lm_small` generated in steps of
         8 rows at 0.91 of the speed without, and `minilm` ran at 0.63.
         """
