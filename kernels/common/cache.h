@@ -14,7 +14,14 @@ struct Cached {
 };
 constexpr int64_t CHUNK = 512;  // keys of a unit of work
 constexpr int64_t BLOCK = 64;   // keys whose scores are held at once; a multiple of LANES
-constexpr int64_t AHEAD = 2 * 16;  // keys between the one that is read and the one that is fetched
+// Keys between the one that is read and the one that is fetched.  Into the second-level cache: it was
+// 1.4 to 1.7 times the bytes a second that fetching into the first gave, which was as good as none.
+constexpr int64_t AHEAD = BLOCK;
+
+// Keys [first, last) of batch row b and kv head h.
+struct Unit {
+    int64_t b, h, first, last;
+};
 
 // A query row's state over one chunk, and where it ends up: out (wide) before division by total.
 struct Partial {
@@ -23,81 +30,108 @@ struct Partial {
 
 template <class D, class T> class Attend {
     using X = typename D::X;
+    static constexpr bool PAIRS = std::is_same_v<X, bf16>;  // weights become bf16, as values are
     const Cached& c;
     const T *k, *v;
     const int32_t* table;
     const int64_t dim, wide, rows;
     std::unique_ptr<float[]> score;
+    const T *all_keys[CHUNK + AHEAD], *all_values[CHUNK + AHEAD];
 
 public:
     Attend(const Cached& c, const T* k, const T* v, const int32_t* table)
         : c(c), k(k), v(v), table(table), dim(c.dim), wide((c.dim + PANEL - 1) / PANEL * PANEL),
-          rows(c.heads / c.kv_heads * c.queries), score(new float[rows * BLOCK]) {}
+          rows(c.heads / c.kv_heads * c.queries), score(new float[rows * BLOCK]()) {}
 
-    // Keys [first, last) of batch row b and kv head h; row r of q (rows, apart) sees `seen(r)` keys.
+    // Where the keys and values of this unit stand, and behind them the first of the `next`, for
+    // whoever fetches ahead.
+    void find(const Unit& unit, const Unit& next) {
+        const int64_t count = point(unit, 0, CHUNK);
+        int64_t i = count + point(next, count, AHEAD);
+        for (; count > 0 && i < count + AHEAD; ++i) {
+            all_keys[i] = all_keys[i - 1];
+            all_values[i] = all_values[i - 1];
+        }
+    }
+
+    // Row r of q (rows, apart) sees `seen(r)` keys of the unit that was found.
     template <class Seen>
-    void chunk(const X* q, int64_t q_stride, int64_t b, int64_t h, int64_t first, int64_t last,
-               Seen seen, Partial* state, float* out) {
+    void chunk(const X* q, int64_t q_stride, const Unit& unit, Seen seen, Partial* state, float* out) {
         for (int64_t r = 0; r < rows; ++r) state[r] = {-INFINITY, 0};
         std::memset(out, 0, rows * wide * sizeof(float));
-        const T *all_keys[CHUNK + AHEAD], *all_values[CHUNK + AHEAD];
-        const int64_t count = last - first;
-        for (int64_t i = 0, page = b, slot = first; i < count; ++i, ++slot) {
-            if (table && (i == 0 || slot == c.page)) {
-                page = table[b * c.max_blocks + (first + i) / c.page];
-                slot = (first + i) % c.page;
-            }
-            all_keys[i] = k + page * c.k[0] + h * c.k[1] + slot * c.k[2];
-            all_values[i] = v + page * c.v[0] + h * c.v[1] + slot * c.v[2];
-        }
-        for (int64_t i = count > 0 ? count : CHUNK + AHEAD; i < CHUNK + AHEAD; ++i) {
-            all_keys[i] = all_keys[count - 1];
-            all_values[i] = all_values[count - 1];
-        }
-        for (int64_t s = first; s < last; s += BLOCK) {
-            const int64_t n = last - s < BLOCK ? last - s : BLOCK;
+        for (int64_t s = unit.first; s < unit.last; s += BLOCK) {
+            const int64_t n = unit.last - s < BLOCK ? unit.last - s : BLOCK;
             const int64_t even = (n + LANES - 1) / LANES * LANES;
-            const T *const *keys = all_keys + (s - first), *const *values = all_values + (s - first);
-            for (int64_t i = 0; i < even; i += LANES)
-                for (int64_t r = 0; r < rows; ++r) {
-                    fetch(keys + i + AHEAD, LANES * r / rows, LANES * (r + 1) / rows);
-                    store(score.get() + r * BLOCK + i, scores(q + r * q_stride, keys + i));
+            const T *const *keys = all_keys + (s - unit.first), *const *values = all_values + (s - unit.first);
+            by_rows([&](auto held, int64_t r) {
+                constexpr int R = decltype(held)::value;
+                for (int64_t i = 0; i < even; i += LANES / R) {
+                    if (r == 0) scores<R, true>(q, q_stride, keys + i, score.get() + i);
+                    else scores<R, false>(q + r * q_stride, q_stride, keys + i, score.get() + r * BLOCK + i);
                 }
-            float keep[4];
-            for (int64_t r = 0; r < rows; r += 4) {
-                const int64_t held = rows - r < 4 ? rows - r : 4;
-                for (int64_t i = 0; i < held; ++i)
-                    keep[i] = soften(score.get() + (r + i) * BLOCK, even, seen(r + i) - s, state[r + i]);
-                float *to = out + r * wide, *p = score.get() + r * BLOCK;
-                if (held == 4) weigh<4>(values, p, n, keep, to);
-                else if (held == 3) weigh<3>(values, p, n, keep, to);
-                else if (held == 2) weigh<2>(values, p, n, keep, to);
-                else weigh<1>(values, p, n, keep, to);
-            }
+            });
+            by_rows([&](auto held, int64_t r) {
+                constexpr int R = decltype(held)::value;
+                float keep[R], *p = score.get() + r * BLOCK;
+                for (int i = 0; i < R; ++i)
+                    keep[i] = soften(p + i * BLOCK, even, seen(r + i) - s, state[r + i]);
+                weigh<R>(values, p, n, keep, out + r * wide, r == 0);
+            });
         }
     }
 
 private:
-    // The hardware follows a stream in order; the keys of a vector are read side by side.  Each query
-    // fetches its share of them, so that reading goes on while the others compute.
-    void fetch(const T* const* from, int64_t begin, int64_t end) const {
-        for (int64_t i = begin; i < end; ++i)
-            for (int64_t d = 0; d < dim; d += 64 / sizeof(T)) __builtin_prefetch(from[i] + d);
+    // f(rows at once, first of them): as many as share a vector of scores, four or two or one.
+    template <class F> void by_rows(F f) const {
+        int64_t r = 0;
+        for (; r + 4 <= rows; r += 4) f(std::integral_constant<int, 4>(), r);
+        if (r + 2 <= rows) f(std::integral_constant<int, 2>(), r), r += 2;
+        if (r < rows) f(std::integral_constant<int, 1>(), r);
     }
 
-    f32v scores(const X* q, const T* const* keys) const {
+    int64_t point(const Unit& unit, int64_t at, int64_t most) {
+        const int64_t count = std::min(unit.last - unit.first, most);
+        int64_t page = unit.b, slot = unit.first;
+        for (int64_t i = 0; i < count; ++i, ++slot) {
+            if (table && (i == 0 || slot == c.page)) {
+                page = table[unit.b * c.max_blocks + (unit.first + i) / c.page];
+                slot = (unit.first + i) % c.page;
+            }
+            all_keys[at + i] = k + page * c.k[0] + unit.h * c.k[1] + slot * c.k[2];
+            all_values[at + i] = v + page * c.v[0] + unit.h * c.v[1] + slot * c.v[2];
+        }
+        return count > 0 ? count : 0;
+    }
+
+    // to[r][i] = q row r . key i, for R rows and as many keys as fill a vector with them.
+    template <int R, bool FETCH>
+    void scores(const X* q, int64_t q_stride, const T* const* keys, float* to) const {
+        constexpr int KEYS = LANES / R;
         f32v acc[LANES] = {};
+        typename D::Vector row[R];
         int64_t d = 0;
         for (; d + D::STEP <= dim; d += D::STEP) {
-            const auto one = D::widen(q + d);
-            unrolled<LANES>([&](auto i) INLINED { acc[i] = D::mac(acc[i], one, D::widen(keys[i] + d)); });
+            unrolled<R>([&](auto r) INLINED { row[r] = D::widen(q + r * q_stride + d); });
+            unrolled<KEYS>([&](auto i) INLINED {
+                if (FETCH) __builtin_prefetch(keys[i + AHEAD] + d, 0, 2);
+                const auto key = D::widen(keys[i] + d);
+                unrolled<R>([&](auto r) INLINED {
+                    acc[r * KEYS + i] = D::mac(acc[r * KEYS + i], row[r], key);
+                });
+            });
         }
         if (d < dim) {
-            const auto one = widen_tail<D>(q + d, dim - d);
-            for (int i = 0; i < LANES; ++i)
-                acc[i] = D::mac(acc[i], one, widen_tail<D>(keys[i] + d, dim - d));
+            unrolled<R>([&](auto r) INLINED { row[r] = widen_tail<D>(q + r * q_stride + d, dim - d); });
+            unrolled<KEYS>([&](auto i) INLINED {
+                const auto key = widen_tail<D>(keys[i] + d, dim - d);
+                unrolled<R>([&](auto r) INLINED {
+                    acc[r * KEYS + i] = D::mac(acc[r * KEYS + i], row[r], key);
+                });
+            });
         }
-        return sums(acc);
+        float all[LANES];
+        store(all, sums(acc));
+        for (int r = 0; r < R; ++r) std::memcpy(to + r * BLOCK, all + r * KEYS, KEYS * sizeof(float));
     }
 
     // Scores (scale and log2(e) are in q or here) -> weights; returns what earlier sums shrink by.
@@ -112,7 +146,7 @@ private:
         const float now = largest(most), keep = decay((state.top - now) * scale);
         f32v part = {};
         for (int64_t i = 0; i < n; i += LANES) {
-            const f32v p = decay((load(s + i) - now) * scale);
+            const f32v p = decay<PAIRS>((load(s + i) - now) * scale);
             part += p;
             store(s + i, p);
         }
@@ -123,29 +157,26 @@ private:
 
     // out[r] = keep[r] * out[r] + sum_i p[r][i] values[i]
     template <int R> void weigh(const T* const* values, const float* p, int64_t n, const float* keep,
-                                float* out) const {
-        constexpr int V = R > 2 ? VECS : VECS * 2 > 4 ? 4 : VECS;
+                                float* out, bool fetch) const {
         int64_t d = 0;
-        for (; d + V * LANES <= dim; d += V * LANES) {
-            f32v acc[R][V];
-            unrolled<R>([&](auto r) INLINED {
-                unrolled<V>([&](auto u) INLINED { acc[r][u] = load(out + r * wide + d + u * LANES) * keep[r]; });
-            });
-            for (int64_t i = 0; i < n; ++i) {
-                f32v row[V];
-                unrolled<V>([&](auto u) INLINED {
-                    if (u * LANES * sizeof(T) % 64 == 0) __builtin_prefetch(values[i + AHEAD] + d + u * LANES);
-                    row[u] = load(values[i] + d + u * LANES);
-                });
-                unrolled<R>([&](auto r) INLINED {
-                    const f32v one = splat(p[r * BLOCK + i]);
-                    unrolled<V>([&](auto u) INLINED { acc[r][u] = fma(one, row[u], acc[r][u]); });
-                });
-            }
-            unrolled<R>([&](auto r) INLINED {
-                unrolled<V>([&](auto u) INLINED { store(out + r * wide + d + u * LANES, acc[r][u]); });
-            });
+#if defined(__AVX512BF16__)
+        if constexpr (PAIRS) {
+            Word pair[R][BLOCK / 2];
+            for (int r = 0; r < R; ++r)
+                for (int64_t i = 0; i < n; i += 2 * LANES) {
+                    const auto two = _mm512_cvtne2ps_pbh((__m512)load(p + r * BLOCK + i + LANES),
+                                                         (__m512)load(p + r * BLOCK + i));
+                    std::memcpy(pair[r] + i / 2, &two, sizeof two);
+                }
+            for (; d + 4 * LANES <= dim; d += 4 * LANES)
+                weigh_pairs<R, 2>(values, pair[0], n, keep, out, d, fetch);
+            for (; d + 2 * LANES <= dim; d += 2 * LANES)
+                weigh_pairs<R, 1>(values, pair[0], n, keep, out, d, fetch);
         }
+#endif
+        for (; d + VECS * LANES <= dim; d += VECS * LANES)
+            weigh_some<R, VECS>(values, p, n, keep, out, d, fetch);
+        for (; d + LANES <= dim; d += LANES) weigh_some<R, 1>(values, p, n, keep, out, d, fetch);
         for (; d < dim; ++d)
             for (int r = 0; r < R; ++r) {
                 float acc = out[r * wide + d] * keep[r];
@@ -153,6 +184,79 @@ private:
                 out[r * wide + d] = acc;
             }
     }
+
+    // The same of V vectors from d on.
+    template <int R, int V>
+    void weigh_some(const T* const* values, const float* p, int64_t n, const float* keep, float* out,
+                    int64_t d, bool fetch) const {
+        f32v acc[R][V];
+        unrolled<R>([&](auto r) INLINED {
+            unrolled<V>([&](auto u) INLINED { acc[r][u] = load(out + r * wide + d + u * LANES) * keep[r]; });
+        });
+        for (int64_t i = 0; i < n; ++i) {
+            f32v row[V];
+            unrolled<V>([&](auto u) INLINED {
+                if (fetch && u * LANES * sizeof(T) % 64 == 0)
+                    __builtin_prefetch(values[i + AHEAD] + d + u * LANES, 0, 2);
+                row[u] = load(values[i] + d + u * LANES);
+            });
+            unrolled<R>([&](auto r) INLINED {
+                const f32v one = splat(p[r * BLOCK + i]);
+                unrolled<V>([&](auto u) INLINED { acc[r][u] = fma(one, row[u], acc[r][u]); });
+            });
+        }
+        unrolled<R>([&](auto r) INLINED {
+            unrolled<V>([&](auto u) INLINED { store(out + r * wide + d + u * LANES, acc[r][u]); });
+        });
+    }
+
+#if defined(__AVX512BF16__)
+    // The same in bf16, two keys an instruction, of V double vectors: side by side they stand in
+    // another order of four elements each, which sums keep until the block ends.
+    template <int R, int V>
+    void weigh_pairs(const T* const* values, const Word* p, int64_t n, const float* keep, float* out,
+                     int64_t d, bool fetch) const {
+        f32v low[R][V], high[R][V];
+        unrolled<R>([&](auto r) INLINED {
+            unrolled<V>([&](auto u) INLINED {
+                const float* from = out + r * wide + d + 2 * u * LANES;
+                const __m512 a = (__m512)(load(from) * keep[r]), b = (__m512)(load(from + LANES) * keep[r]);
+                low[r][u] = (f32v)_mm512_shuffle_f32x4(a, b, 0x88);
+                high[r][u] = (f32v)_mm512_shuffle_f32x4(a, b, 0xdd);
+            });
+        });
+        for (int64_t i = 0; i < n; i += 2) {
+            const T *a = values[i] + d, *b = values[i + 1 < n ? i + 1 : i] + d;
+            word_v first[V], second[V];
+            unrolled<V>([&](auto u) INLINED {
+                if (fetch) {
+                    __builtin_prefetch(values[i + AHEAD] + d + 2 * u * LANES, 0, 2);
+                    __builtin_prefetch(values[i + AHEAD + 1] + d + 2 * u * LANES, 0, 2);
+                }
+                const __m512i even = load_as<__m512i>(a + 2 * u * LANES), odd = load_as<__m512i>(b + 2 * u * LANES);
+                first[u] = (word_v)_mm512_unpacklo_epi16(even, odd);
+                second[u] = (word_v)_mm512_unpackhi_epi16(even, odd);
+            });
+            unrolled<R>([&](auto r) INLINED {
+                const Word one = p[r * (BLOCK / 2) + i / 2];
+                unrolled<V>([&](auto u) INLINED {
+                    low[r][u] = Pairs::mac(low[r][u], one, first[u]);
+                    high[r][u] = Pairs::mac(high[r][u], one, second[u]);
+                });
+            });
+        }
+        const __m512i front = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+        const __m512i back = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+        unrolled<R>([&](auto r) INLINED {
+            unrolled<V>([&](auto u) INLINED {
+                const __m512d a = (__m512d)low[r][u], b = (__m512d)high[r][u];
+                float* to = out + r * wide + d + 2 * u * LANES;
+                store(to, (f32v)_mm512_permutex2var_pd(a, front, b));
+                store(to + LANES, (f32v)_mm512_permutex2var_pd(a, back, b));
+            });
+        });
+    }
+#endif
 
 public:
     float scale = 1;
@@ -194,23 +298,28 @@ static int attend_cached(const T* q, const T* k, const T* v, const int32_t* tabl
     std::unique_ptr<Partial[]> state(new Partial[units * rows]);
     std::unique_ptr<float[]> out(new float[units * rows * wide]);
     const auto last_seen = [&](int64_t b, int64_t r) { return lengths[b] - c.queries + r / group + 1; };
+    const auto unit_at = [&](int64_t u) {  // (b, h, chunk)
+        const int64_t b = u / chunks / c.kv_heads, first = u % chunks * CHUNK;
+        return Unit{b, u / chunks % c.kv_heads, first, std::min(lengths[b], first + CHUNK)};
+    };
     std::atomic<int64_t> taken{0}, merged{0};
     const auto attend = [&] {
         Attend<D, T> one(c, k, v, table);
         one.scale = scale;
         std::unique_ptr<X[]> query(new X[rows * q_stride]);
-        for (int64_t u; (u = taken.fetch_add(1)) < units;) {  // (b, h, chunk)
-            const int64_t b = u / chunks / c.kv_heads, h = u / chunks % c.kv_heads;
-            const int64_t first = u % chunks * CHUNK;
-            const int64_t last = lengths[b] < first + CHUNK ? lengths[b] : first + CHUNK;
+        // the next one is known while one is computed, and its first keys are fetched
+        for (int64_t u = taken.fetch_add(1), next; u < units; u = next) {
+            next = taken.fetch_add(1);
+            const Unit unit = unit_at(u);
+            one.find(unit, next < units ? unit_at(next) : Unit{});
+            const int64_t b = unit.b, h = unit.h;
             for (int64_t r = 0; r < rows; ++r) {
                 const T* from = q + b * c.q[0] + (h * group + r % group) * c.q[1] + r / group * c.q[2];
                 if constexpr (std::is_same_v<X, T>) std::memcpy(query.get() + r * q_stride, from, c.dim * sizeof(T));
                 else for (int64_t d = 0; d < c.dim; ++d) query[r * q_stride + d] = to_float(from[d]);
             }
-            one.chunk(query.get(), q_stride, b, h, first, last,
-                      [&](int64_t r) { return last_seen(b, r); }, state.get() + u * rows,
-                      out.get() + u * rows * wide);
+            one.chunk(query.get(), q_stride, unit, [&](int64_t r) { return last_seen(b, r); },
+                      state.get() + u * rows, out.get() + u * rows * wide);
         }
     };
     const auto merge = [&] {

@@ -169,10 +169,14 @@ def decode_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
     size on a GPU, whose host would have to wait to see them.
     Time: bytes of the slots in use / bandwidth, if B * Hkv * S / chunk fills the processor.
     A row of a batch has the same bits as alone.
-    Measured on 2 threads of an AMD EPYC (Zen 4) at 8192 slots, medians of 25 pairs with torch.sum
-    over as many bytes: 0.68 of its rate in fp32 and 0.80 in bf16 (4 rows, 8 heads of 64); with 4
-    heads to a kv head 0.65 and 0.70; heads of 128, one row: 0.69 and 0.56, with 4 to a kv head 0.62
-    and 0.58.  Short of 0.85, it seems because the arithmetic does not hide behind the reads.
+    Measured on 2 threads of a busy AMD EPYC (Zen 4) at 8192 slots, 4 heads to a kv head, in rounds
+    with torch's reductions over as many bytes, medians of three runs in which those read 26 to 37
+    GB/s: heads of 128, one row, 0.74 to 0.94 of their rate in fp32 and 0.85 to 0.96 in bf16; heads
+    of 64, four rows, 0.76 to 0.97 and 0.68 to 0.94.  The quickest against the quickest: 0.64 to
+    0.97, the low ones where reading came to 40 GB/s and more: short of 0.85 then.  One thread had
+    0.77 to 0.79 of what one reads.  Fetched ahead into the first-level cache, or not at all, two
+    had 0.46 to 0.58.  From the second-level cache a thread takes 48 and 40, 41 and 31 GB/s: not
+    arithmetic alone binds, probably the lines that a core may have under way.
     """
     if scale is None:
         scale = q.shape[-1] ** -0.5
