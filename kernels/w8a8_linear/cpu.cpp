@@ -48,16 +48,20 @@ static void w8a8_linear(const T* x, int64_t x_stride, const int8_t* w, const flo
                               });
         }
     };
-    if (threads <= 1 || N * K < SERIAL_ELEMENTS) {
-        std::unique_ptr<float[]> wide(new float[K]);
+    const bool alone = threads <= 1 || N * K < SERIAL_ELEMENTS;
+    const bool few = alone || M * K < SERIAL_ELEMENTS;  // no rows to share: no barrier after them
+    if (few) {
+        const std::unique_ptr<float[]> wide(new float[K]);
         for (int64_t m = 0; m < M; ++m) quantize(m, wide.get());
-        return multiply(0, 1);
     }
+    if (alone) return multiply(0, 1);
 #pragma omp parallel num_threads(threads)
     {
-        std::unique_ptr<float[]> wide(new float[K]);
+        if (!few) {
+            const std::unique_ptr<float[]> wide(new float[K]);
 #pragma omp for schedule(static)
-        for (int64_t m = 0; m < M; ++m) quantize(m, wide.get());
+            for (int64_t m = 0; m < M; ++m) quantize(m, wide.get());
+        }
         multiply(omp_get_thread_num(), omp_get_num_threads());
     }
 }
