@@ -149,9 +149,9 @@ def decode_attention(engine: Engine) -> Engine:
     The one query of each row goes through ``kernels``' decode_attention, which is given how many
     slots its row uses: no mask is made, no slot beyond them is read, the queries of a group share
     one read of their keys, and the keys are split over the threads.  Prompts stay as they are.
-    Helps long contexts, grouped heads, and above all a preallocated cache, all of whose slots
-    torch's scaled_dot_product_attention reads under a mask.  Does not at short contexts, where a
-    step's attention is a few percent of its weights.
+    Helps long contexts, in bf16 most (a step of `lm_small` at 4,096 tokens 2.8 times as fast, in
+    fp32 1.07), and a preallocated cache that is mostly empty, all of whose slots SDPA reads under a
+    mask.  Does not at short contexts: at 64 tokens calling it costs more than it saves (0.93, 0.95).
     Source: Dao et al. 2023, https://pytorch.org/blog/flash-decoding
     """
     from kernels.decode_attention import decode_attention as over_spans

@@ -77,7 +77,7 @@ def gemm_bias_act(engine: Engine) -> Engine:
     libraries add a bias in the product, so nothing is saved there.  This GELU is the tanh form, as
     in GPT-2, BERT's is the erf: `minilm`'s embeddings are 58 dB from its own in fp32, 46 in bf16.
     Helps where the output is larger than the caches: long batches.  Does not where the product
-    takes the time, which is almost everywhere: what is saved is a few percent of it.
+    takes the time, which is almost everywhere (`minilm`, one row: 0.99 of eager).
     Source: Hendrycks and Gimpel 2016 (GELU and its tanh form), https://arxiv.org/abs/1606.08415;
     Chetlur et al. 2014 (bias and activation behind a product), https://arxiv.org/abs/1410.0759
     """
