@@ -151,7 +151,7 @@ def decode_attention(engine: Engine) -> Engine:
     one read of their keys, and the keys are split over the threads.  Prompts stay as they are.
     Helps long contexts, in bf16 most (a step of `lm_small` at 4,096 tokens 2.8 times as fast, in
     fp32 1.07), and a preallocated cache that is mostly empty, all of whose slots SDPA reads under a
-    mask.  Does not at short contexts: at 64 tokens calling it costs more than it saves (0.93, 0.95).
+    mask.  Does not at short contexts: at 64 tokens the call costs more than it saves (0.93, 0.95).
     Source: Dao et al. 2023, https://pytorch.org/blog/flash-decoding
     """
     from kernels.decode_attention import decode_attention as over_spans

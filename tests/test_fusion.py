@@ -12,7 +12,8 @@ from impl.fusion.projections import join
 from impl.fusion.proofs import operators_of
 from impl.models import SPECS, costs
 from impl.models.kv_cache import GrowingCache, KVCache
-from impl.quantization.int4 import Int4Linear
+from impl.quantization.fp8 import Fp8Linear
+from impl.quantization.int4 import Int4DynamicLinear, Int4Linear
 from impl.quantization.layers import Int8DynamicLinear, Int8Linear
 from kernels import build as kernels_build
 from kernels.op import KernelError
@@ -22,6 +23,7 @@ from tests.test_generation import engine_of, prompts, tiny
 from tests.tiny import SPEC
 
 EXPERTS = {"num_experts": 3, "experts_per_token": 2}
+KINDS = (nn.Linear, Int8Linear, Int8DynamicLinear, Fp8Linear, Int4Linear, Int4DynamicLinear)
 DECODER_FUSIONS = ("decode_attention", "fused_mlp", "fused_norm", "fused_qkv")
 
 
@@ -146,12 +148,12 @@ def linears(bias, sizes=(48, 16, 32)):
 
 
 @pytest.mark.parametrize("bias", [(True,) * 3, (False,) * 3, (True, False, True)])
-@pytest.mark.parametrize("kind", [nn.Linear, Int8Linear, Int8DynamicLinear, Int4Linear])
+@pytest.mark.parametrize("kind", KINDS)
 @torch.inference_mode()
 def test_one_product_over_joined_weights_is_the_products_side_by_side(kind, bias):
     parts = linears(bias)
-    if kind is Int4Linear:
-        parts = [Int4Linear.from_float(m, 32) for m in parts]
+    if issubclass(kind, Int4Linear):
+        parts = [kind.from_float(m, 32) for m in parts]
     elif kind is not nn.Linear:
         parts = [kind.from_float(m) for m in parts]
     joint = join(*parts)
@@ -225,8 +227,8 @@ def test_two_that_replace_the_same_part_are_impossible(names):
 
 
 def test_fused_techniques_stand_beside_quantization_and_compilation():
-    for other in ("int8_weight_only", "int8_dynamic", "int4_weight_only_g32", "torch_compile",
-                  "static_kv_cache", "flash_attention"):  # fmt: skip
+    for other in ("int8_weight_only", "int8_dynamic", "int4_weight_only_g32", "int4_dynamic_g32",
+                  "fp8_dynamic", "torch_compile", "static_kv_cache"):  # fmt: skip
         assert not impossible(stack(*DECODER_FUSIONS, other), SPECS["lm_small"], "fp32", 1)
 
 

@@ -114,7 +114,7 @@ def fused_norm(engine: Engine) -> Engine:
     Helps where the tokens outgrow the caches, and where calls are cheap: a GPU's, or a step that is
     one call.  Does not in a small step on a CPU: our operator is reached through Python and takes
     as long as the six of torch's that it stands for (measured 0.90 of the plain step's speed in
-    fp32, 0.91 in bf16); nor in a compiled step, where it keeps the compiler from joining more.
+    fp32, 0.93 in bf16); nor in a compiled step, where it keeps the compiler from joining more.
     Source: Zhang and Sennrich 2019 (RMSNorm), https://arxiv.org/abs/1910.07467; Hsu et al. 2024
     (Liger kernels, the fused form), https://arxiv.org/abs/2410.10989
     """
