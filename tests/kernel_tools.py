@@ -134,6 +134,20 @@ print("replayed", len(launches))
 """
 
 
+def sanitized(sanitizer: str) -> tuple[list[str], dict[str, str]]:
+    """(command that a child's own follows, its environment): libraries find ``sanitizer`` there."""
+    found = subprocess.run([*build.compiler(), f"-print-file-name=lib{sanitizer[0]}san.so"],
+                           capture_output=True, text=True, check=True)  # fmt: skip
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("COV_", "PYTEST"))}
+    env |= {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1"}
+    # g++ 12's TSan refuses kernels that randomise addresses widely; containers may forbid it
+    fixed = ["setarch", "-R"]
+    if subprocess.run([*fixed, "true"], capture_output=True).returncode:
+        fixed = []
+    # set after setarch, which would itself not survive it
+    return [*fixed, "env", f"LD_PRELOAD={found.stdout.strip()}"], env
+
+
 def replay(library: Path, launches: list, sanitizer: str, short_argument: int | None = None):
     """Run recorded launches again in a child with ``sanitizer``; its CompletedProcess.
 
@@ -141,17 +155,9 @@ def replay(library: Path, launches: list, sanitizer: str, short_argument: int | 
     """
     with tempfile.TemporaryDirectory() as folder:
         (record := Path(folder, "launches.pickle")).write_bytes(pickle.dumps(launches))
-        found = subprocess.run([*build.compiler(), f"-print-file-name=lib{sanitizer[0]}san.so"],
-                               capture_output=True, text=True, check=True)  # fmt: skip
-        env = {k: v for k, v in os.environ.items() if not k.startswith(("COV_", "PYTEST"))}
-        env |= {"LD_PRELOAD": found.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0",
-                "TSAN_OPTIONS": "halt_on_error=1"}  # fmt: skip
-        # g++ 12's TSan refuses kernels that randomise addresses widely; containers may forbid it
-        fixed = ["setarch", "-R"]
-        if subprocess.run([*fixed, "true"], capture_output=True).returncode:
-            fixed = []
+        command, env = sanitized(sanitizer)
         short = "" if short_argument is None else str(short_argument)
-        return subprocess.run([*fixed, sys.executable, "-c", REPLAY, str(library), str(record),
+        return subprocess.run([*command, sys.executable, "-c", REPLAY, str(library), str(record),
                                short], env=env, capture_output=True, text=True,
                               timeout=300)  # fmt: skip
 

@@ -2,7 +2,12 @@
 // the embedding, the rotation of queries and keys, and the attention of one query.
 #pragma once
 #include <atomic>
+#include <memory>
 #include <sched.h>
+#if defined(__SANITIZE_THREAD__)
+#include <thread>
+#include <vector>
+#endif
 #include "int4.h"
 #include "softmax.h"
 
@@ -54,6 +59,29 @@ public:
             spins < 4000 ? pause() : (void)sched_yield();
     }
 };
+
+// run(thread, team) on every thread of a team of at most so many.
+template <class Run> static void in_team(int threads, Run run) {
+#if defined(__SANITIZE_THREAD__)  // it does not see how threads of OpenMP wait for one another
+    Team team(threads);
+    std::vector<std::thread> others;
+    for (int i = 1; i < threads; ++i) others.emplace_back([&, i] { run(i, team); });
+    run(0, team);
+    for (auto& other : others) other.join();
+#else
+    if (threads <= 1) {
+        Team team(1);
+        return run(0, team);
+    }
+    std::unique_ptr<Team> team;
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp single
+        team.reset(new Team(omp_get_num_threads()));
+        run(omp_get_thread_num(), *team);
+    }
+#endif
+}
 
 static void embed_row(const Linear& e, int64_t id, float* to) {
     const int64_t C = e.k;

@@ -2,11 +2,12 @@
 // form the activations meet the weights, and the products themselves.
 #pragma once
 #include "decoder.h"
+#include "int4_digits.h"
 #include "narrow_weights.h"
 #include "panels.h"
 
 // How activations stand for a kind of weights.
-enum Form { PLAIN, HALVES, BYTES, QUANTIZED, PAIRED };
+enum Form { PLAIN, HALVES, BYTES, NIBBLES, QUANTIZED, PAIRED };
 static Form form_of(const Linear& l, bool prompt, bool narrow) {
     if (l.kind == INT8_DYNAMIC) return QUANTIZED;
 #if defined(__AVX512BF16__)
@@ -16,6 +17,7 @@ static Form form_of(const Linear& l, bool prompt, bool narrow) {
     if (prompt) return PLAIN;
 #if defined(__AVX512VNNI__)
     if (l.kind == INT8) return BYTES;
+    if (l.kind == INT4) return NIBBLES;
 #endif
     return l.kind == BF16 ? HALVES : PLAIN;
 }
@@ -43,15 +45,17 @@ static void step_linear(const Linear& l, const Rows& x, int64_t n0, int64_t n1, 
             (std::remove_const_t<std::remove_pointer_t<decltype(rows)>>*)scratch, done);
     };
     const auto scaled = [&](int64_t n, int64_t m, float v) { put(n, m, v * l.scale[n]); };
+    const Int4 int4{(const uint32_t*)l.w, (const bf16*)l.scale, l.k, l.group};
     (void)scaled;
     switch (l.kind) {
     case FP32: return run(Fma(), x.wide, (const float*)l.w, put);
     case BF16: return run(DotHalves(), x.wide, (const bf16*)l.w, put);
-    case INT4:
-        return int4_rows<Int4Fp32>(x.wide, x.stride, x.M,
-                                   {(const uint32_t*)l.w, (const bf16*)l.scale, l.k, l.group}, n0,
-                                   n1, put);
 #if defined(__AVX512VNNI__)
+    case INT4:
+        return int4_digits_rows(x.bytes, x.stride, x.M, int4, n0, n1, [&](int64_t n, int64_t m,
+                                                                          float v) {
+            put(n, m, v * x.scale[m]);
+        });
     case INT8:
         return run(DotBytes(), x.bytes, (const int8_t*)l.w, [&](int64_t n, int64_t m, double v) {
             scaled(n, m, DotBytes::value(v, l.sums[n], x.scale[m]));
@@ -61,6 +65,7 @@ static void step_linear(const Linear& l, const Rows& x, int64_t n0, int64_t n1, 
             put(n, m, float(v - 128 * l.sums[n]) * (x.scale[m] * l.scale[n]));
         });
 #else
+    case INT4: return int4_rows<Int4Fp32>(x.wide, x.stride, x.M, int4, n0, n1, put);
     case INT8: return run(Fma(), x.wide, (const int8_t*)l.w, scaled);
     case INT8_DYNAMIC:  // the quantized activations stand in `wide`
         return run(Fma(), x.wide, (const int8_t*)l.w, [&](int64_t n, int64_t m, float v) {

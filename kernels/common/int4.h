@@ -17,6 +17,11 @@ constexpr int blocks_at_once(int64_t M) {
     return LANES == 16 ? (M <= 2 ? 4 : M <= 7 ? 2 : 1) : LANES == 8 && M == 1 ? 2 : 1;
 }
 
+struct Widened {  // a sum or two for each row and block
+    static constexpr int MOST = MOST_TILE;
+    static constexpr int blocks(int64_t M) { return blocks_at_once(M); }
+};
+
 struct Int4 {
     const uint32_t* packed;
     const bf16* scale;
@@ -115,10 +120,10 @@ inline void int4_tile(const typename D::X* x, int64_t x_stride, const Int4& w, i
 }
 
 // done(n, m, value) for outputs n0 <= n < n1 and M rows; tile(rows, blocks, first row, first block,
-// out) computes out[blocks][rows][16], its first two arguments constants.
-template <class Tile, class Done>
+// out) computes out[blocks][rows][16], its first two arguments constants, which `Fit` chooses.
+template <class Fit = Widened, class Tile, class Done>
 inline void in_tiles(int64_t M, int64_t n0, int64_t n1, Tile tile, Done done) {
-    const int64_t end = (n1 + SIDE - 1) / SIDE, step = blocks_at_once(M);
+    const int64_t end = (n1 + SIDE - 1) / SIDE, step = Fit::blocks(M);
     for (int64_t b0 = n0 / SIDE; b0 < end; b0 += step) {
         const int64_t b1 = std::min(b0 + step, end);
         const auto one = [&](auto rows, auto blocks, int64_t m0, int64_t b) {
@@ -132,15 +137,15 @@ inline void in_tiles(int64_t M, int64_t n0, int64_t n1, Tile tile, Done done) {
             }
         };
         const auto run = [&](auto rows, int64_t m0) {
-            constexpr int R = blocks_at_once(rows);
+            constexpr int R = Fit::blocks(rows);
             int64_t b = b0;
             for (; b + R <= b1; b += R) one(rows, std::integral_constant<int, R>(), m0, b);
             if constexpr (R > 1)
                 for (; b < b1; ++b) one(rows, std::integral_constant<int, 1>(), m0, b);
         };
         int64_t m = 0;
-        for (; m + MOST_TILE <= M; m += MOST_TILE) run(std::integral_constant<int, MOST_TILE>(), m);
-        if constexpr (MOST_TILE > 2) {
+        for (; m + Fit::MOST <= M; m += Fit::MOST) run(std::integral_constant<int, Fit::MOST>(), m);
+        if constexpr (Fit::MOST > 2) {
             if (m + 4 <= M) run(std::integral_constant<int, 4>(), m), m += 4;
             if (m + 3 <= M) run(std::integral_constant<int, 3>(), m), m += 3;
             if (m + 2 <= M) run(std::integral_constant<int, 2>(), m), m += 2;

@@ -80,7 +80,8 @@ class DecodeStep:
             to.q_norm, to.k_norm = self._norm(a.q_norm), self._norm(a.k_norm)
             to.q, to.k, to.v, to.o = map(self._linear, (a.q_proj, a.k_proj, a.v_proj, a.o_proj))
             to.gate, to.up, to.down = map(self._linear, (m.gate_proj, m.up_proj, m.down_proj))
-            kinds = {to.q.kind, to.k.kind, to.v.kind}, {to.gate.kind, to.up.kind}
+            kinds = [{(part.kind, part.group) for part in parts}
+                     for parts in ((to.q, to.k, to.v), (to.gate, to.up))]  # fmt: skip
             expect(all(len(k) == 1 for k in kinds), "decode_step needs q, k and v stored alike, "
                    "and gate and up; quantize all of them or none")  # fmt: skip
         self.model = _Model(

@@ -53,9 +53,10 @@ struct Step {
         if (form == PLAIN && !norm) return {form, from, nullptr, nullptr, n, K, K};
         const bool alone = n <= FEW;
         const Buffers& to = alone ? own : shared;
-        const int64_t bytes = form == BYTES    ? 3 * apart(K)
-                              : form == PAIRED ? 2 * apart(K)
-                                               : apart(K);
+        const int64_t bytes = form == BYTES     ? 3 * apart(K)
+                              : form == NIBBLES ? 4 * apart(K)
+                              : form == PAIRED  ? 2 * apart(K)
+                                                : apart(K);
         const Share mine = alone ? Share(n, 0, 1, 1) : share(n, 1);
         for (int64_t r = mine.begin; r < mine.end; ++r) {
             const float* row = from + r * K;
@@ -64,7 +65,7 @@ struct Step {
                 norm_row(row, norm, wide, K, inverse_rms(row, K, float(m.eps)), false);
                 row = wide;
             }
-            arrange(form, row, K, wide, to.bytes + r * bytes, to.scale + r);
+            arrange(form, l.group, row, K, wide, to.bytes + r * bytes, to.scale + r);
         }
         if (!alone) team.meet();
         const bool narrow = form != PLAIN && form != HALVES && to_bytes(form);
@@ -77,12 +78,14 @@ struct Step {
         return form != QUANTIZED;
 #endif
     }
-    static void arrange(Form form, const float* row, int64_t K, float* wide, uint8_t* bytes,
-                        float* scale) {
+    static void arrange(Form form, int64_t group, const float* row, int64_t K, float* wide,
+                        uint8_t* bytes, float* scale) {
+        (void)group;
         if (form == HALVES) split_halves(row, K, wide);
         if (form == QUANTIZED) quantize_row(row, K, bytes, wide, scale);
 #if defined(__AVX512VNNI__)
         if (form == BYTES) split_bytes(row, K, bytes, scale);
+        if (form == NIBBLES) split_digits(row, K, group, bytes, scale);
 #endif
         if (form != PAIRED) return;
         fill_row((bf16*)bytes, K, false, [&](int64_t i) { return load(row + i); },
@@ -327,17 +330,6 @@ extern "C" int decode_step(const Model* m, const int64_t* ids, const int64_t* po
             if (i + 1 < steps) team.meet();
         }
     };
-    if (threads <= 1) {
-        Team team(1);
-        run(0, team);
-        return 0;
-    }
-    std::unique_ptr<Team> team;
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp single
-        team.reset(new Team(omp_get_num_threads()));
-        run(omp_get_thread_num(), *team);
-    }
+    in_team(threads, run);
     return 0;
 }
