@@ -49,7 +49,7 @@ static void w8a8_linear(const T* x, int64_t x_stride, const int8_t* w, const flo
         }
     };
     const bool alone = threads <= 1 || N * K < SERIAL_ELEMENTS;
-    const bool few = alone || M * K < SERIAL_ELEMENTS;  // no rows to share: no barrier after them
+    const bool few = alone || M == 1;  // no rows to share: no barrier (four rows gain by sharing)
     if (few) {
         const std::unique_ptr<float[]> wide(new float[K]);
         for (int64_t m = 0; m < M; ++m) quantize(m, wide.get());
