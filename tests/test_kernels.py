@@ -31,14 +31,6 @@ from tests.inner import fresh_pytest
 from tests.kernel_cases import CASES, DTYPES, excess, outputs
 from tests.kernel_tools import ROOT
 
-
-@pytest.fixture(autouse=True)
-def only_when_asked(request):
-    """Tests marked slow run with ``-m slow``."""
-    if request.node.get_closest_marker("slow") and "slow" not in request.config.option.markexpr:
-        pytest.skip("takes minutes; run it with: pytest tests/test_kernels.py -m slow")
-
-
 if build.interpreting():
     kernel_tools.mend_interpreter()
 
@@ -389,7 +381,7 @@ SANITIZED = [("thread", None, None, None), ("address", None, None, None),
              ("address", None, -1, "heap-buffer-overflow")]  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.slow(on_request=True)
 @pytest.mark.parametrize(("sanitizer", "plant", "short", "finding"), SANITIZED,
                          ids=["threads", "bounds", "finds_a_race", "finds_an_overrun"])  # fmt: skip
 @pytest.mark.parametrize("op", WITH_CUDA)

@@ -80,7 +80,7 @@ def child(tmp_path, monkeypatch):
     return run
 
 
-@pytest.mark.slow
+@pytest.mark.slow(on_request=True)
 @pytest.mark.parametrize("sanitizer", ["thread", "address"])
 def test_no_race_and_in_bounds(sanitizer, child):
     done = child(sanitizer)
@@ -88,7 +88,7 @@ def test_no_race_and_in_bounds(sanitizer, child):
     assert [line.split()[1] for line in done.stdout.splitlines()] == list(KINDS)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(on_request=True)
 @pytest.mark.parametrize("bug", PLANTED)
 def test_planted_bugs_are_found(bug, child):
     sanitizer, planted, finding = PLANTED[bug]

@@ -152,6 +152,14 @@ def pytest_collection_modifyitems(config, items):
     items.sort(key=order)
 
 
+def pytest_runtest_setup(item):
+    """Tests marked ``slow(on_request=True)`` take minutes: they run with ``-m slow``."""
+    slow = item.get_closest_marker("slow")
+    if slow and slow.kwargs.get("on_request") and "slow" not in item.config.option.markexpr:
+        file = item.nodeid.split("::")[0]
+        pytest.skip(f"takes minutes; run it with: pytest -m slow {file}")
+
+
 @pytest.fixture
 def cell(request) -> matrix.Cell:
     """The cell of this test."""
