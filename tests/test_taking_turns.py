@@ -186,7 +186,7 @@ def test_a_cell_is_measured_in_turns(tmp_path):
     done = fresh_pytest(
         "-p", "small_memory", "--benchmark-only", "--models", "lm_small", "--precisions", "fp32",
         "--batches", "1", "--techniques", "int8_weight_only", "--profile", "smoke",
-        "-k", "test_generation", "--bench-budget", "60", f"--benchmark-json={out}",
+        "-k", "test_generation", "--bench-budget", "12", f"--benchmark-json={out}",
         PYTHONPATH=f"{tmp_path}:{root}",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
