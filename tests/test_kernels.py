@@ -303,6 +303,7 @@ def test_no_distribution_shadows_this_package():
 # ---- without a GPU --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_triton_is_right_under_its_interpreter():
     """A child runs the triton cases of this file; bf16 is unsupported by the interpreter."""
     pytest.importorskip("triton", reason="needs the package triton")

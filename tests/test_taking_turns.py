@@ -174,6 +174,7 @@ def test_blocks_that_do_not_fit_say_both_numbers(clock):
         blocks.sample_blocks(sides, [0] * 4, WallWatch(), Limits(20), lambda: 1.0)
 
 
+@pytest.mark.slow
 def test_a_cell_is_measured_in_turns(tmp_path):
     """The whole way, in a session that believes its memory small."""
     one, two = (footprint_bytes(SPECS["lm_small"], "fp32", 1, copies=n) for n in (1, 2))

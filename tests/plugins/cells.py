@@ -144,8 +144,8 @@ def pytest_collection_modifyitems(config, items):
     def order(item):  # every model once before low precision: time may run out
         if item.get_closest_marker("kernels"):
             return (2,)
-        if (cell := cell_of(item)) is None:
-            return (0,)
+        if (cell := cell_of(item)) is None:  # long ones early: no worker ends the run alone
+            return 0, not item.get_closest_marker("slow")
         low = cell.precision != "fp32" and cell.model in both
         return 1, low, models[cell.model], cell.batch, place[cell]
 
