@@ -1,6 +1,7 @@
 """The plugins of the study, one per concern (tests/plugins)."""
 
 pytest_plugins = [
+    "tests.plugins.turns",
     "tests.plugins.devices",
     "tests.plugins.cells",
     "tests.plugins.kernels",

@@ -7,20 +7,26 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from reports.load import SCRATCH, ReportError, Run, load_run, write_json
+from reports.turns import in_turns
 
 RESULTS = Path("reports/results")
 PROCESSES = 3
+NARROW = ["--bench-precision=0.01"]  # narrow enough to tell 3 % between processes
 BUDGET = "--bench-budget=690"  # s: `make bench` is done within twelve minutes
+
+
+def command(arguments: Sequence[str], json: Path) -> list[str]:
+    """pytest over the tests that measure, saving to `json`."""
+    ours = ["--benchmark-only", f"--benchmark-json={json}"]  # last, so that they win
+    return [sys.executable, "-m", "pytest", *arguments, *ours]
 
 
 def run_pytest(arguments: Sequence[str], json: Path) -> int:
     """One fresh pytest process that saves to `json`; its exit status."""
     json.parent.mkdir(parents=True, exist_ok=True)
     json.unlink(missing_ok=True)
-    ours = ["--benchmark-only", f"--benchmark-json={json}"]  # last, so that they win
     try:
-        command = [sys.executable, "-m", "pytest", *arguments, *ours]
-        return subprocess.run(command, check=False).returncode
+        return subprocess.run(command(arguments, json), check=False).returncode
     except KeyboardInterrupt:  # pytest got it too, and has saved what was measured
         return 130
 
@@ -53,13 +59,24 @@ def bench(arguments: Sequence[str]) -> tuple[int, Path]:
 
 
 def repeat(arguments: Sequence[str], processes: int = PROCESSES) -> list[Run]:
-    """The headline profile in fresh processes; ReportError if one saves nothing."""
-    runs = []
-    for number in range(1, processes + 1):
-        print(f"process {number} of {processes}", flush=True)
-        json = SCRATCH / f"headline-{os.getpid()}-{number}.json"
-        status = run_pytest(["--profile", "headline", *arguments], json)
-        runs.append(saved(json, status))
-        if status == 130:
-            raise ReportError(f"interrupted; {number} of {processes} runs are in {SCRATCH}/")
+    """The headline profile in fresh processes, which pass the turn on after every round of samples.
+
+    So all of them meet the same machine: one after another they would differ by how busy its
+    neighbours were.  The first one's output is shown, the others' is in files beside their runs.
+    Raises ReportError if one saves nothing.
+    """
+    files = [SCRATCH / f"headline-{os.getpid()}-{n}.json" for n in range(1, processes + 1)]
+    logs = [None, *(file.with_suffix(".log") for file in files[1:])]
+    print(f"{processes} processes in turns; {', '.join(map(str, logs[1:]))} log the others")
+    SCRATCH.mkdir(parents=True, exist_ok=True)
+    options = ["--profile", "headline", *NARROW, *arguments]
+    statuses = in_turns([command(options, file) for file in files], logs)
+    if 130 in statuses:
+        raise ReportError(f"interrupted; what was measured is in {SCRATCH}/")
+    for file, log, status in zip(files, logs, statuses, strict=True):
+        if log and not file.exists():
+            raise ReportError(f"a process ended with status {status}, saved no run: {log} says why")
+    runs = [saved(file, status) for file, status in zip(files, statuses, strict=True)]
+    for log in logs[1:]:
+        log.unlink(missing_ok=True)
     return runs

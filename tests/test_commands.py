@@ -43,11 +43,16 @@ def test_bench_keeps_the_run_and_prints_the_page_last(fake_pytest, tmp_path, cap
     assert newest_runs()[0].path.resolve() == kept[0].resolve()
 
 
-def test_headline_measures_three_fresh_processes(fake_pytest, capsys):
+def test_headline_measures_three_fresh_processes(fake_pytest, monkeypatch, capsys):
     from reports import measure
 
+    def in_turns(commands, logs):
+        assert logs[0] is None, "the first one's output is shown"
+        return [measure.run_pytest(c[3:-2], Path(c[-1].partition("=")[2])) for c in commands]
+
+    monkeypatch.setattr(measure, "in_turns", in_turns)
     assert main(["headline", "--measure"]) == 0
-    assert fake_pytest == [["--profile", "headline"]] * 3
+    assert fake_pytest == [["--profile", "headline", *measure.NARROW]] * 3
     written_to = Path(capsys.readouterr().out.splitlines()[-1])
     assert len(load_run(written_to).headline["runs"]) == 3
     assert not list(measure.SCRATCH.glob("*"))

@@ -21,6 +21,7 @@ from tests.plugins.ceilings import Ceilings
 from tests.plugins.measure import Bench
 from tests.plugins.sampler import clock
 from tests.plugins.study import STUDY, Study
+from tests.plugins.turns import turns
 
 PRECISION = {"cuda": 0.01, "cpu": 0.03}
 FAST_BELOW = 120  # s of budget: then the ceilings are probed quickly
@@ -72,7 +73,9 @@ def study_of(config: pytest.Config) -> Study:
         version = machine.code_version(config.rootpath)
         config.stash[STUDY] = Study(
             precision=precision,
-            budget=budgets.Budget(seconds, known=budgets.load_costs(folder / "costs.json")),
+            budget=budgets.Budget(
+                seconds, turns.clock, known=budgets.load_costs(folder / "costs.json")
+            ),
             ceilings=Ceilings(device, fast=seconds < FAST_BELOW),
             journal=journals.Journal(folder, machine.fingerprint(config), version),
             device=device,

@@ -17,6 +17,7 @@ from tests.plugins import blocks, machine, memory, ncu, sampler, tokens, trace
 from tests.plugins.journal import entry_of
 from tests.plugins.sampler import Call, DoesNotFit, Host, Limits, Rounds
 from tests.plugins.study import SEED, Study
+from tests.plugins.turns import turns
 
 HIDDEN_WORK = 1.2  # wall over event time of the same calls
 STREAMS = 5  # generations timed token by token
@@ -228,6 +229,7 @@ class Bench:
             overspend=lambda needs: budget.may_overspend(name, needs),
             settling=2 if self.study.device.startswith("cuda") else 1,  # each was called once
             known=known,
+            pause=turns.pass_on,
         )
         try:
             if not take_turns:

@@ -316,6 +316,7 @@ class Limits:
     chunk: int = CHUNK
     shortest: float = field(default=SHORTEST_SAMPLE)
     settling: int = 2  # untimed calls of each side, at least
+    pause: Callable[[], float] = lambda: 0.0  # after each round; seconds that do not count
     known: dict[str, float] = field(default_factory=dict)  # seconds of a side's call before
 
 
@@ -366,6 +367,7 @@ def sample_rounds(
                 batch = [rng.choice(inputs) for _ in range(rounds.calls)]
                 for side in rng.sample(list(sides), len(sides)):
                     marks[side].append(watch.time(sides[side], batch))
+                start += limits.pause()
                 spent = time.perf_counter() - start > limits.seconds
                 if spent and len(rounds) + i >= FEWEST_PAIRS:
                     break
