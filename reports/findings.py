@@ -132,7 +132,7 @@ def family_block(family: str, runs: Sequence[Run], source: Path) -> str:
 
 
 def provenance(run: Run) -> str:
-    return f"Measured {run.when[:10]} at commit `{run.commit_short}`, one process."
+    return f"Measured {run.when[:10]} at commit `{run.commit_short}`, each cell in one process."
 
 
 HEAD = ("stack", "speed-up, 95 %", "over", "ms per call", "of the limit", "peak MiB", "quality")
@@ -237,7 +237,7 @@ def winners_block(run: Run) -> str:
         lines.append((c.place, f"`{c.stack}`" + (" (unstable)" if shaky else ""),
                       f"{ratio(r.speedup)} over {r.info['baseline']}", winner.claim,
                       percent(r.number("limit_fraction")), quality(r)))  # fmt: skip
-    how = "one process only"
+    how = "each cell in one process"
     if run.headline:
         how = f"worst bounds of {len(run.headline['runs'])} fresh processes (`make headline`)"
     head = ("workload", "fastest stack", "speed-up, 95 %", "among", "of the limit", "quality")

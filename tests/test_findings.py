@@ -51,7 +51,7 @@ def test_the_readme_shows_repeated_claims_first_and_then_what_one_process_found(
     repeated = run_of({**constructed, "headline": {"runs": ["a", "b", "c"], "cells": []}})
     first, then = findings.headline_block([run], [repeated]).split("\n\nOn Constructed CPU")
     assert "worst bounds of 3 fresh processes" in first
-    assert "one process only" in then
+    assert "each cell in one process" in then
     assert first.count("\n| ") == then.count("\n| ") > 2
 
 
