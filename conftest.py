@@ -6,12 +6,12 @@ pytest_plugins = [
     "tests.plugins.cells",
     "tests.plugins.kernels",
     "tests.plugins.engines",
-    "tests.plugins.sides",
     "tests.plugins.shard",
     "tests.plugins.machine",
     "tests.plugins.trace",
     "tests.plugins.ncu",
     "tests.plugins.bench",
+    "tests.plugins.sides",
     "tests.plugins.summary",
     "tests.plugins.constructed",
 ]

@@ -168,6 +168,12 @@ def slots_of(t: Technique) -> set[str]:
     return {SLOT_OF_PHASE.get(t.phase, "model")} | (t.replaces & {"cache"})
 
 
+def in_steps_only(t: Technique) -> bool:
+    """Whether a forward without a cache is the same with this technique."""
+    replaced = t.replaces - {"host"}
+    return bool(replaced) and replaced <= {"cache", "step attention"}
+
+
 def moves(cell: Cell, slots: Iterable[str]) -> bool:
     """Whether the cell can change a number measured over ``slots``.
 
@@ -328,10 +334,16 @@ class Selection:
         return found
 
     def sparse(self) -> set[str]:
-        """Ids of each technique's first cell per model: what a ``sparse`` test takes in core."""
+        """Ids of each technique's first cell per model: what a ``sparse`` test takes in core.
+
+        The headline claims are about whole generations: none.
+        """
+        if self.profile == "headline":
+            return set()
         first: dict[tuple[str, str], str] = {}
         for cell_id, cell in self.cells().items():
-            few = len(cell.techniques) == 1 and not cell.techniques[0].is_peer
+            (last, *more) = cell.techniques
+            few = not more and not last.is_peer and not in_steps_only(last)
             if few and not self.specs[cell.model].random_weights:
                 first.setdefault((cell.stack, cell.model), cell_id)
         return set(first.values())

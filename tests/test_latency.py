@@ -11,6 +11,11 @@ from tests import workloads
 from tests.plugins.trace import pipeline_breakdown
 
 
+def forward_of(engine):
+    """One forward: logits, or what an encoder returns."""
+    return engine.forward
+
+
 @pytest.mark.kinds("decoder")
 @pytest.mark.moves("model", "decode", "cache")
 def test_generation(study, bench):
@@ -35,6 +40,7 @@ def test_generation(study, bench):
 
     bench(
         sides=study.sides(call),
+        table=study.table(call),
         inputs=study.inputs(),
         agree=study.agree,
         tokens_per_call=n * cell.batch,
@@ -53,7 +59,8 @@ def test_prefill(study, bench):
     size, cell = study.size, study.cell
     work = workloads.prefill_work(study.engine, cell, size)
     bench(
-        sides=study.sides(lambda engine: engine.forward),
+        sides=study.sides(forward_of),
+        table=study.table(forward_of),
         inputs=study.inputs(),
         agree=study.agree_logits,
         tokens_per_call=None,
@@ -71,7 +78,8 @@ def test_forward(study, bench):
     flops = workloads.counted_flops(study.baseline, inputs[0])
     work = workloads.forward_work(study.engine, flops)
     bench(
-        sides=study.sides(lambda engine: engine.forward),
+        sides=study.sides(forward_of),
+        table=study.table(forward_of),
         inputs=inputs,
         agree=study.agree_logits,
         requests_per_call=study.cell.batch,
@@ -115,6 +123,7 @@ def test_text_to_text(study, bench):
     texts = [[tokenizer.decode(ids[0].tolist())] for ids in study.inputs()]
     bench(
         sides=study.sides(pipeline),
+        table=study.table(pipeline),
         inputs=texts,
         agree=agree,
         change=swap,

@@ -232,10 +232,9 @@ def test_costs_of_earlier_runs_are_remembered(tmp_path):
 
 def kept_rounds(pairs=8):
     kept = KeptRounds()
-    times = {side: [float(i + n) for n in range(pairs)]
-             for i, side in enumerate(("variant", "baseline", "peer"), 1)}  # fmt: skip
-    stacks = {"variant": "ours", "baseline": "eager", "peer": "theirs"}
-    kept.keep(PLACE, "wall", stacks, Rounds(times))
+    times = {stack: [float(i + n) for n in range(pairs)]
+             for i, stack in enumerate(("ours", "eager", "theirs"), 1)}  # fmt: skip
+    kept.keep(PLACE, "wall", "ours", times)
     return kept, times
 
 
@@ -247,7 +246,7 @@ def test_a_peer_takes_its_samples_from_the_rounds_it_stood_in():
     kept, times = kept_rounds()
     whose, rounds = kept.find(PLACE, "wall", PEERS_SIDES)
     assert whose == "ours"
-    assert rounds.seconds == {"variant": times["peer"], "baseline": times["baseline"]}
+    assert rounds.seconds == {"variant": times["theirs"], "baseline": times["eager"]}
 
 
 @pytest.mark.parametrize(
@@ -258,7 +257,7 @@ def test_a_peer_takes_its_samples_from_the_rounds_it_stood_in():
         ({"precision": "bf16"}, "wall", PEERS_SIDES),
         ({}, "event", PEERS_SIDES),
         ({}, "wall", {**PEERS_SIDES, "without": "lean"}),
-        ({}, "wall", {"variant": "eager", "baseline": "eager"}),
+        ({}, "wall", {"variant": "eager again", "baseline": "eager"}),
     ],
 )
 def test_other_work_or_other_sides_are_sampled_anew(place, timing, sides):

@@ -9,13 +9,18 @@ from tests.plugins.tokens import serving_figures
 OBJECTIVE_S = 1.0  # a request is good when its answer is complete within this
 
 
+def serve_of(engine):
+    """A whole trace: responses, one per request."""
+    return engine.serve
+
+
 @pytest.mark.kinds("decoder")
 @pytest.mark.moves("scheduler")
 def test_serving(study, bench):
     """One seeded open-loop trace, replayed whole: requests/s, latency percentiles, goodput."""
     trace = workloads.trace_of(study.cell, study.spec, study.size)
     new_tokens = sum(r.max_new_tokens for r in trace)
-    sides, last = study.sides(lambda engine: engine.serve), []
+    sides, last = study.sides(serve_of), []
     serve = sides["variant"]
 
     def variant(requests):
@@ -24,6 +29,7 @@ def test_serving(study, bench):
 
     bench(
         sides={**sides, "variant": variant},
+        table=study.table(serve_of),
         inputs=[trace] * workloads.NUM_INPUTS,
         agree=study.agree_responses,
         tokens_per_call=new_tokens,

@@ -191,7 +191,8 @@ def bench(benchmark: Any, request: pytest.FixtureRequest) -> Iterator[Bench]:
     study = study_of(request.config)
     measuring = Bench(benchmark, study, request.node)
     yield measuring
-    study.budget.done(request.node.nodeid, measuring.sampling_s, measuring.pairs)
+    sampling = measuring.sampling
+    study.budget.done(request.node.nodeid, sampling.seconds, sampling.pairs)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -41,6 +41,10 @@ class Budget:
     fixed: dict[str, float] = field(default_factory=dict)  # seconds not spent on samples
     models: dict[str, str] = field(default_factory=dict)
     sampled: set[str] = field(default_factory=set)  # techniques and models with six pairs
+    prepaid: dict[str, float] = field(
+        default_factory=dict
+    )  # s of building before its turn
+    checks: list[float] = field(default_factory=list)  # what was left to do in the turns of those
 
     _start: float | None = None
     _cell_start: float = 0.0
@@ -64,6 +68,8 @@ class Budget:
 
     def expected(self, fullname: str) -> float:
         """Seconds a cell will need before its samples (earlier runs, else its model's median)."""
+        if fullname in self.prepaid:
+            return statistics.median(self.checks)
         if fullname in self.known:
             return self.known[fullname]
         model = self.models.get(fullname)
@@ -76,7 +82,7 @@ class Budget:
         """Start a cell; a sentence when there is no time to (it then must not be built)."""
         self._cell_start = self.clock()
         plan, needs = self.plans.get(fullname), self.expected(fullname)
-        if plan is None or plan.by_name:
+        if plan is None or plan.by_name or fullname in self.prepaid:
             return None
         leeway = LEEWAY * self.seconds
         if self.left() <= 0 or needs > self.left() + leeway / 2:
@@ -86,15 +92,25 @@ class Budget:
             )
         return None
 
-    def share(self, fullname: str) -> float:
-        """Seconds that the cell's samples may take, from now."""
+    def prepay(self, seconds: dict[str, float]) -> None:
+        """Cells to come were built in the turn of this one, each in so many seconds.
+
+        They run whatever is left: their samples are taken with this one's.
+        """
+        spent = self.clock() - self._cell_start
+        self.checks = self.checks or [max(0.0, spent - sum(seconds.values()))]
+        for fullname, s in seconds.items():
+            self.prepaid[fullname] = self.prepaid.get(fullname, 0.0) + s
+
+    def share(self, fullname: str, cells: int = 1) -> float:
+        """Seconds that the samples of the cell, or of so many from it on, may take from now."""
         others = [name for name in self.plans if name != fullname]
         coming = sum(self.expected(name) for name in others)
         left = max(self.left() - coming, 0.1 * self.left())
-        return max(0.0, SHARE * left / (len(others) + 1))
+        return max(0.0, SHARE * left / (len(others) + 1)) * cells
 
-    def may_overspend(self, fullname: str, needs: float) -> bool:
-        """Whether six pairs may take ``needs`` seconds though the share is smaller.
+    def may_overspend(self, fullname: str, needs: float, cells: int = 1) -> bool:
+        """Whether six pairs of so many cells may take ``needs`` seconds though their share is less.
 
         For a technique or a model that has no six pairs yet; or no more than an equal part of the
         whole budget: the first cells of a model pay for what the later ones share.
@@ -104,15 +120,16 @@ class Budget:
             return True
         fits = needs <= self.left() + LEEWAY * self.seconds / 2
         new = not {plan.model, *plan.techniques} <= self.sampled
-        return fits and (new or needs <= self.seconds / max(1, len(self.models)))
+        return fits and (new or needs <= cells * self.seconds / max(1, len(self.models)))
 
     def done(self, fullname: str, sampling_s: float, pairs: int = 0) -> None:
-        """A cell has ended; ``sampling_s`` of its seconds went into samples."""
+        """A cell has ended; ``sampling_s`` of its seconds went into samples or other cells."""
         plan = self.plans.pop(fullname, None)
         if plan is not None:
-            spent = self.clock() - self._cell_start
+            own = max(0.0, self.clock() - self._cell_start - sampling_s)
             if pairs:
-                self.fixed[fullname] = max(0.0, spent - sampling_s)
+                self.fixed[fullname] = own + self.prepaid.get(fullname, 0.0)
+                self.checks += [own] if fullname in self.prepaid else []
             if pairs >= 6:
                 self.sampled.update((plan.model, *plan.techniques))
 

@@ -10,14 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import pytest
-
 from reports import schema
-from tests.plugins import blocks, machine, memory, ncu, sampler, tokens, trace
+from tests.plugins import machine, memory, ncu, sampler, tokens, trace
 from tests.plugins.journal import entry_of
-from tests.plugins.sampler import Call, DoesNotFit, Host, Limits, Rounds
-from tests.plugins.study import SEED, Study
-from tests.plugins.turns import turns
+from tests.plugins.sampler import Call, Host, Rounds
+from tests.plugins.study import Study
+from tests.plugins.tables import Sampling, Sides, TableCell
 
 HIDDEN_WORK = 1.2  # wall over event time of the same calls
 STREAMS = 5  # generations timed token by token
@@ -46,7 +44,7 @@ class Bench:
 
     def __init__(self, benchmark: Any, study: Study, node: Any) -> None:
         self.benchmark, self.study, self.node = benchmark, study, node
-        self.sampling_s, self.pairs = 0.0, 0
+        self.sampling = Sampling(study, node.nodeid)
 
     def __call__(
         self,
@@ -79,6 +77,7 @@ class Bench:
         extra: Mapping[str, Any] | Callable[[], Mapping[str, Any]] = {},  # noqa: B006
         traced: Callable[[], Any] | None = None,
         take_turns: bool = False,
+        table: Sequence[TableCell] = (),
     ) -> Record:
         """Check, time and file one cell; returns its record.
 
@@ -110,6 +109,8 @@ class Bench:
         traced      what ``--save-trace`` runs; default: the variant on the first input
         take_turns  the sides do not fit into memory together: a call builds what is not there,
                     so each is called once untimed, and rounds are of blocks
+        table       the cells of this table that are still to come, this one first: they are
+                    sampled together
 
         Raises AssertionError when a check fails; skips the test, with its estimate as the
         reason, when six pairs do not fit the session.
@@ -168,15 +169,8 @@ class Bench:
                 known[side] = time.perf_counter() - called
                 _check_count(side, output, inputs[0], tokens_per_call, False)
         watch = _watch(timing, device, flush)
-        began = time.perf_counter()
-        stacks = {"variant": "+".join(cell["techniques"]), **names}
-        found = self.study.rounds.find(cell, timing, {side: stacks[side] for side in calls})
-        if found is not None:
-            info["sampled_with"], rounds = found
-        else:
-            rounds = self._sample(calls, inputs, watch, known, take_turns)
-            self.study.rounds.keep(cell, timing, stacks, rounds)
-        self.sampling_s, self.pairs = time.perf_counter() - began, len(rounds)
+        rounds = self.sampling.rounds(info, Sides(calls, known, names), inputs, watch,
+                                      table, take_turns)  # fmt: skip
         if take_turns:
             variant(inputs[0])
         if timing == "event":
@@ -217,32 +211,6 @@ class Bench:
             info["trace"] = trace.record_cell(run, self.study.trace_folder, self.node.name, cell)
         schema.validate_record(info, self.node.nodeid)
         return self._file(info, rounds)
-
-    def _sample(
-        self, calls: dict[str, Call], inputs: Sequence[Any], watch: Any, known: dict[str, float],
-        take_turns: bool,
-    ) -> Rounds:  # fmt: skip
-        budget, name = self.study.budget, self.node.nodeid
-        limits = Limits(
-            seconds=budget.share(name),
-            precision=self.study.precision,
-            overspend=lambda needs: budget.may_overspend(name, needs),
-            settling=2 if self.study.device.startswith("cuda") else 1,  # each was called once
-            known=known,
-            pause=turns.pass_on,
-        )
-        try:
-            if not take_turns:
-                return sampler.sample_rounds(calls, inputs, watch, limits, SEED)
-            yardstick = blocks.matmul_yardstick(self.study.device)
-            rounds, dropped = blocks.sample_blocks(calls, inputs, watch, limits, yardstick, SEED)
-            self.study.marks.append(
-                f"{name}: no two of its models fit, so they took turns in memory; {dropped} rounds "
-                "dropped because the machine drifted"
-            )
-            return rounds
-        except DoesNotFit as error:
-            pytest.skip(f"{error}; raise --bench-budget or name this cell")
 
     def _check_poisoned(
         self, variant: Call, x: Any, agree: Callable[..., None], output: Any, device: Any

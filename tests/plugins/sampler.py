@@ -253,19 +253,20 @@ class Rounds:
     seconds: dict[str, list[float]]
     stop: str = ""  # 'precise' or 'budget'
     calls: int = 1  # calls in one sample
+    reference: str = "variant"  # the side that the others' intervals are about
 
     def __len__(self) -> int:
-        return len(self.seconds["variant"])
+        return len(self.seconds[self.reference])
 
     def ratio(self, side: str = "baseline") -> Ratio:
         """``side`` time / variant time."""
-        return paired_ratio(self.seconds[side], self.seconds["variant"])
+        return paired_ratio(self.seconds[side], self.seconds[self.reference])
 
     def half_width(self) -> float:
         """The widest relative half-width among the sides."""
-        sides = [side for side in self.seconds if side != "variant"] or ["variant"]
-        if sides == ["variant"]:  # nothing to pair with: how well its own median is known
-            times = self.seconds["variant"]
+        sides = [side for side in self.seconds if side != self.reference]
+        if not sides:  # nothing to pair with: how well its own median is known
+            times = self.seconds[self.reference]
             return paired_ratio(times, [statistics.median(times)] * len(times)).half_width
         return max(self.ratio(side).half_width for side in sides)
 
@@ -334,15 +335,16 @@ def _fits(rounds: Rounds, quickest: dict[str, float], limits: Limits, start: flo
 
 
 def sample_rounds(
-    sides: dict[str, Call], inputs: Sequence[Any], watch: Any, limits: Limits, seed: int = 0
-) -> Rounds:
+    sides: dict[str, Call], inputs: Sequence[Any], watch: Any, limits: Limits, seed: int = 0,
+    reference: str = "variant",
+) -> Rounds:  # fmt: skip
     """Time all sides on the same inputs until every interval is narrow or the share is spent.
 
-    ``sides`` maps 'variant' and up to three others to calls.  The order inside a round is random
-    (``seed``).  Raises `DoesNotFit` before the first sample.
+    ``sides`` maps ``reference`` and what it is compared with to calls.  The order inside a round
+    is random (``seed``).  Raises `DoesNotFit` before the first sample.
     """
     rng, start = random.Random(seed), time.perf_counter()
-    rounds = Rounds({side: [] for side in sides})
+    rounds = Rounds({side: [] for side in sides}, reference=reference)
     settling = limits.seconds / 10 / len(sides)
 
     def settled(side: str) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,11 @@ import torch
 from impl.core import TECHNIQUES, Engine
 from tests import matrix, workloads
 from tests.matrix import Cell
-from tests.plugins.cells import families_of
+from tests.plugins.cells import cell_of, families_of
 from tests.plugins.engines import Checks, Evidence, is_served
+from tests.plugins.pool import Pool
+from tests.plugins.study import STUDY
+from tests.plugins.tables import AGAIN, TableCell
 
 
 @dataclass
@@ -67,8 +70,12 @@ def opponents(cell: Cell, spec, device: str, selection: matrix.Selection) -> Opp
 class Study:
     """What a benchmark test asks for a cell: the sides, and the facts of its record."""
 
-    def __init__(self, cell: Cell, checks: Checks, evidence: Evidence, device: str):
+    def __init__(
+        self, cell: Cell, checks: Checks, evidence: Evidence, device: str,
+        company: Mapping[str, Cell] | None = None,
+    ):  # fmt: skip
         self.cell, self.checks, self.evidence, self.device = cell, checks, evidence, device
+        self.company = company or {}  # by the names of their tests
         self.pool = checks.pool
         self.spec = self.pool.spec(cell)
         self.size = checks.size(cell)
@@ -81,22 +88,43 @@ class Study:
 
     def sides(self, call: Callable[[Engine], Callable[[Any], Any]]) -> dict[str, Any]:
         """Side -> ``call(engine)``: the same work on every engine."""
-        o = self.opponents
-        engines = {
-            "variant": self.engine,
-            "baseline": self.pool.get(o.baseline.techniques, o.baseline).engine,
+        builders = self._builders(self.cell, self.opponents, call)
+        return {side: build() for side, (_, build) in builders.items()}
+
+    def table(self, call: Callable[[Engine], Callable[[Any], Any]]) -> list[TableCell]:
+        """The cells of this table still to come, this one first."""
+        found = []
+        for name, cell in self.company.items():
+            their = opponents(cell, self.spec, self.device, self.checks.selection)
+            builders = dict(self._builders(cell, their, call).values())
+            if cell.stack in their.names.values():
+                builders[cell.stack + AGAIN] = builders[cell.stack]
+            found.append(TableCell(name, builders))
+        return found
+
+    def _builders(
+        self, cell: Cell, o: Opponents, call: Callable[[Engine], Callable[[Any], Any]]
+    ) -> dict[str, tuple[str, Callable[[], Any]]]:
+        """Side -> its name in tables, and what builds its call."""
+
+        def builder(of: Cell, precision: str | None = None) -> Callable[[], Any]:
+            def build() -> Any:
+                run = call(self.pool.get(of.techniques, of, precision).engine)
+                if precision is None:
+                    return run  # inputs come in the cell's precision
+                return lambda x: run(workloads.to(x, self.device, precision))
+
+            return build
+
+        found = {
+            "variant": (cell.stack, builder(cell)),
+            "baseline": (o.names["baseline"], builder(o.baseline)),
         }
         if o.without:
-            engines["without"] = self.pool.get(
-                o.without.techniques, o.without, o.without_precision
-            ).engine
+            found["without"] = o.names["without"], builder(o.without, o.without_precision)
         if o.peer:
-            engines["peer"] = self.pool.get(o.peer.techniques, o.peer).engine
-        calls = {side: call(engine) for side, engine in engines.items()}
-        if o.without_precision:  # inputs come in the cell's precision
-            run, precision = calls["without"], o.without_precision
-            calls["without"] = lambda x: run(workloads.to(x, self.device, precision))
-        return calls
+            found["peer"] = o.names["peer"], builder(o.peer)
+        return found
 
     @property
     def baseline(self) -> Engine:
@@ -165,7 +193,23 @@ class Study:
         }
 
 
+def company_of(item: pytest.Item, cell: Cell, pool: Pool) -> dict[str, Cell]:
+    """The cells of this table that are still to come, by test; none where models are large."""
+    session = item.config.stash.get(STUDY, None)
+    if session is None or pool.one_at_a_time:
+        return {}
+    if pool.weights.are_shared(pool.spec(cell), cell.precision):
+        return {}
+    return {
+        it.nodeid: other
+        for it in item.session.items
+        if it.nodeid in session.budget.plans and it.originalname == item.originalname
+        and (other := cell_of(it)) is not None and other.workload == cell.workload
+    }  # fmt: skip
+
+
 @pytest.fixture
-def study(cell, evidence, checks, device) -> Study:
+def study(request, cell, evidence, checks, device) -> Study:
     """The cell with its opponents; only a cell whose checks passed gets this far."""
-    return Study(cell, checks, evidence, device)
+    company = company_of(request.node, cell, checks.pool)
+    return Study(cell, checks, evidence, device, company)

@@ -22,27 +22,25 @@ STUDY: "pytest.StashKey[Study]" = pytest.StashKey()
 class KeptRounds:
     """The rounds of this session, for cells all of whose sides stood in the rounds of another.
 
-    A peer is timed beside the technique that names it; its own cell needs its own checks, but no
-    second set of samples.
+    The cells of a table are sampled together, a peer beside the technique that names it; each
+    needs its own checks, but no second set of samples.
     """
 
     def __init__(self) -> None:
         self._kept: dict[tuple[Any, ...], list[tuple[str, dict[str, list[float]]]]] = {}
 
     def keep(
-        self, cell: dict[str, Any], timing: str, stacks: Mapping[str, str], rounds: Rounds
+        self, cell: dict[str, Any], timing: str, whose: str, named: dict[str, list[float]]
     ) -> None:
-        """Remember the samples of every stack; ``stacks`` maps sides to their names."""
-        if len(set(stacks.values())) == len(stacks):  # not an A/A trial
-            named = {stacks[side]: seconds for side, seconds in rounds.seconds.items()}
-            self._kept.setdefault(_place(cell, timing), []).append((stacks["variant"], named))
+        """Remember the samples of every stack, by its name; ``whose`` cell they were taken for."""
+        self._kept.setdefault(_place(cell, timing), []).append((whose, named))
 
     def find(
         self, cell: dict[str, Any], timing: str, stacks: Mapping[str, str]
     ) -> tuple[str, Rounds] | None:
         """(whose, rounds) in which each of ``stacks`` was timed on this workload, or None."""
         for whose, named in self._kept.get(_place(cell, timing), ()):
-            if set(stacks.values()) <= set(named) and len(set(stacks.values())) == len(stacks):
+            if set(stacks.values()) <= set(named):
                 rounds = Rounds({side: list(named[name]) for side, name in stacks.items()})
                 if len(rounds) >= FEWEST_PAIRS:
                     rounds.stop = "budget"
