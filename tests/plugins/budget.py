@@ -41,9 +41,7 @@ class Budget:
     fixed: dict[str, float] = field(default_factory=dict)  # seconds not spent on samples
     models: dict[str, str] = field(default_factory=dict)
     sampled: set[str] = field(default_factory=set)  # techniques and models with six pairs
-    prepaid: dict[str, float] = field(
-        default_factory=dict
-    )  # s of building before its turn
+    prepaid: dict[str, float] = field(default_factory=dict)  # s of building before its turn
     checks: list[float] = field(default_factory=list)  # what was left to do in the turns of those
 
     _start: float | None = None
@@ -92,15 +90,21 @@ class Budget:
             )
         return None
 
-    def prepay(self, seconds: dict[str, float]) -> None:
-        """Cells to come were built in the turn of this one, each in so many seconds.
+    def affords(self, fullname: str) -> bool:
+        """Whether a cell to come can be built now, and the others built before it still checked."""
+        if self.plans[fullname].by_name:
+            return True
+        due = sum(self.expected(name) for name in self.plans if name in self.prepaid)
+        return due + self.expected(fullname) <= self.left()
 
-        They run whatever is left: their samples are taken with this one's.
+    def prepay(self, fullname: str, seconds: float) -> None:
+        """A cell to come was built in the turn of this one, in so many seconds.
+
+        It runs whatever is left: its samples are taken with this one's.
         """
-        spent = self.clock() - self._cell_start
-        self.checks = self.checks or [max(0.0, spent - sum(seconds.values()))]
-        for fullname, s in seconds.items():
-            self.prepaid[fullname] = self.prepaid.get(fullname, 0.0) + s
+        if not self.checks:  # until its own turn comes, it has as much to check as this one
+            self.checks.append(max(0.0, self.clock() - self._cell_start - seconds))
+        self.prepaid[fullname] = self.prepaid.get(fullname, 0.0) + seconds
 
     def share(self, fullname: str, cells: int = 1) -> float:
         """Seconds that the samples of the cell, or of so many from it on, may take from now."""

@@ -49,21 +49,18 @@ class Company:
     known: dict[str, float]
     groups: list[list[str]] = field(default_factory=list)  # per cell: its stack and its opponents
 
-    def join(self, table: Sequence[TableCell], x: Any, watch: Any) -> dict[str, float]:
-        """Build and call once what the next cells are measured with; seconds of each cell.
+    def join(self, cell: TableCell, x: Any, watch: Any) -> float:
+        """Build and call once what the cell is measured with; the seconds it took.
 
         One whose stack fails is left out: its own test tells why.
         """
-        took = {}
-        for cell in table[:MOST]:
-            start = time.perf_counter()
-            with contextlib.suppress(Exception):
-                for stack, build in cell.builders.items():
-                    if stack not in self.calls:
-                        self._add(stack, build(), x, watch)
-                self.groups.append(list(cell.builders))
-            took[cell.name] = time.perf_counter() - start
-        return took
+        start = time.perf_counter()
+        with contextlib.suppress(Exception):
+            for stack, build in cell.builders.items():
+                if stack not in self.calls:
+                    self._add(stack, build(), x, watch)
+            self.groups.append(list(cell.builders))
+        return time.perf_counter() - start
 
     def _add(self, stack: str, call: Call, x: Any, watch: Any) -> None:
         start = time.perf_counter()
@@ -136,9 +133,15 @@ class Sampling:
             {stacks[side]: call for side, call in sides.calls.items()},
             {stacks[side]: seconds for side, seconds in sides.known.items()},
         )
-        took = company.join(table, inputs[0], watch)
-        self.study.budget.prepay({name: s for name, s in took.items() if name != self.name})
-        self.seconds += sum(took.values())
+        budget = self.study.budget
+        for cell in table[:MOST]:
+            own = cell.name == self.name
+            if not own and not budget.affords(cell.name):
+                break
+            seconds = company.join(cell, inputs[0], watch)
+            if not own:
+                budget.prepay(cell.name, seconds)
+                self.seconds += seconds
         try:
             with self._sampling():
                 return company.sample(inputs, watch, self._limits, stacks["baseline"])
