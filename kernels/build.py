@@ -20,7 +20,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch  # before any library of ours: the process must hold one OpenMP runtime, torch's
@@ -31,6 +31,7 @@ from .op import KernelError, expect
 
 HERE = Path(__file__).resolve().parent
 COMMON = HERE / "common"
+TORCH_HOME = Path(torch.__file__).resolve().parent
 
 # best first: name -> what the processor must have, compiler flags.  Never -march=native: a cached
 # library would fault elsewhere.
@@ -108,10 +109,21 @@ def isa(name: str) -> Iterator[None]:
     """Run CPU kernels with instruction set ``name``, as if the processor had no better."""
     global _isa
     before, _isa = current_isa(), _checked(name)
+    let_go_of_addresses()
     try:
         yield
     finally:
         _isa = before
+        let_go_of_addresses()
+
+
+ON_CHANGE: list[Callable[[], None]] = []  # called when addresses of CPU kernels are out of date
+
+
+def let_go_of_addresses() -> None:
+    """Tell who keeps addresses of CPU kernels to ask for them again."""
+    for forget in ON_CHANGE:
+        forget()
 
 
 @functools.cache
@@ -153,21 +165,46 @@ def _library(name: str, level: str) -> ctypes.CDLL:
     source = HERE / name / "cpu.cpp"
     march = ISA_LEVELS[level][1] if platform.machine() in ("x86_64", "AMD64") else []
     flags = [*FLAGS, *march, f"-I{COMMON}"]
-    path = _cached(f"{name}-{level}", ".so", source.read_bytes(), _headers(), " ".join(flags),
+    return _shared(f"{name}-{level}", source, flags)
+
+
+def _shared(stem: str, source: Path, flags: list[str], *parts: str | bytes) -> ctypes.CDLL:
+    """The library of one C++ file, from the cache or built; ``parts`` are what it includes."""
+    path = _cached(stem, ".so", source.read_bytes(), *(parts or (_headers(),)), " ".join(flags),
                    _compiler_version())  # fmt: skip
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             built = Path(folder) / path.name
             command = compiler() or ()
-            done = subprocess.run([*command, *flags, str(source), "-o", str(built)],
+            done = subprocess.run([*command, str(source), *flags, "-o", str(built)],
                                   capture_output=True, text=True)  # fmt: skip
             if done.returncode:
                 raise KernelError(
-                    f"{name}: {' '.join(command)} failed on {source.name} for {level}; take "
+                    f"{stem}: {' '.join(command)} failed on {source.name}; take "
                     f"impl='reference'. The compiler said:\n{done.stderr[-2000:]}"
                 )
             built.replace(path)
     return ctypes.CDLL(str(path))
+
+
+@functools.cache
+def call_library(name: str) -> ctypes.CDLL | None:
+    """``kernels/<name>/call.cpp``: the operation as torch's dispatcher calls it.
+
+    None where there is no such file, or no torch to build it against (its headers are missing).
+    """
+    source, header, torch_home = HERE / name / "call.cpp", COMMON / "torch_call.hpp", TORCH_HOME
+    if not source.exists() or not (torch_home / "include/torch/csrc/stable/c/shim.h").exists():
+        return None
+    flags = ["-std=c++17", "-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-Wall", f"-I{COMMON}",
+             f"-I{torch_home}/include", f"-L{torch_home}/lib", "-ltorch_cpu"]  # fmt: skip
+    return _shared(f"{name}-call", source, flags, header.read_bytes(), torch.__version__)
+
+
+def cpu_address(name: str, symbol: str) -> int | None:
+    """Where the C function ``symbol`` of ``kernels/<name>/cpu.cpp`` is, for ``current_isa()``."""
+    function = getattr(_library(name, current_isa()), symbol)
+    return ctypes.cast(function, ctypes.c_void_p).value
 
 
 @functools.cache

@@ -73,12 +73,24 @@ class Op:
 
     def __call__(self, *args, impl: str | None = None):
         """Run ``impl``, or the fastest that the device of the first argument has."""
-        if impl is None:
-            impl = self.fastest(args[0].device.type)
-        elif impl not in self.overloads:
-            known = ", ".join(self.overloads)
-            raise KernelError(f"{self.name} has no implementation {impl!r}; it has {known}")
-        return self.overloads[impl](*args)
+        overload = self.overloads[ready(self.name, impl, args[0].device.type)]
+        try:
+            return overload(*args)
+        except RuntimeError:
+            reason = self._why_refused(*args)
+            if reason is None:
+                raise
+        raise reason
+
+    def _why_refused(self, *args) -> Exception | None:
+        """The sentence for a call that C++ refused: it has none of its own."""
+        from kernels.calls import failure_of
+
+        try:
+            self.check(*args)
+        except KernelError as reason:
+            return reason
+        return failure_of(self.name)
 
     def fastest(self, device: str) -> str:
         """The implementation chosen when none is named: compiled where it can be built."""
@@ -121,6 +133,31 @@ class Op:
     def _triton(self, *args):
         module = importlib.import_module(f"kernels.{self.name}.triton")
         return getattr(module, self.name)(*args)
+
+
+_READY: dict[tuple[str, str | None, str], str] = {}
+
+
+@torch.compiler.assume_constant_result
+def ready(name: str, impl: str | None, device: str) -> str:
+    """The implementation that a call on ``device`` gets: ``impl``, or with None the fastest.
+
+    Before the first call of a CPU implementation, its kernels are built and torch is told to call
+    them in C++ (see ``calls``).  Raises ``KernelError`` for an unknown one and a failed build.
+    """
+    found = _READY.get((name, impl, device))
+    if found is None:
+        op = OPS[name]
+        if impl is not None and impl not in op.overloads:
+            known = ", ".join(op.overloads)
+            raise KernelError(f"{name} has no implementation {impl!r}; it has {known}")
+        found = impl or op.fastest(device)
+        if found == device == "cpu":
+            from kernels import calls
+
+            calls.install(name)
+        _READY[name, impl, device] = found
+    return found
 
 
 HOME = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
