@@ -1,6 +1,7 @@
 """When sampling may stop and what its ratios claim; when a session must."""
 
 import gc
+import itertools
 import math
 import random
 import time
@@ -11,7 +12,8 @@ import torch
 from tests.emulated import Ticker
 from tests.plugins import sampler
 from tests.plugins.budget import LEEWAY, Budget, Plan, load_costs, save_costs
-from tests.plugins.sampler import Limits, Rounds, WallWatch, interval_rank, sample_rounds, verdict
+from tests.plugins.intervals import interval_rank, paired_ratio, verdict
+from tests.plugins.sampler import Limits, WallWatch, sample_rounds
 from tests.plugins.study import KeptRounds
 
 
@@ -48,7 +50,7 @@ def test_interval_ranks_are_exact():
 
 
 def test_five_pairs_have_no_interval_and_no_verdict():
-    ratio = Rounds({"variant": [1.0] * 5, "baseline": [2.0] * 5}).ratio()
+    ratio = paired_ratio([2.0] * 5, [1.0] * 5)
     assert (ratio.middle, ratio.low, ratio.high) == (2.0, None, None)
     assert verdict(ratio.low, ratio.high, 0.02) == "ambiguous"
 
@@ -111,7 +113,7 @@ def test_intervals_cover_what_they_claim_under_bursts_of_load():
             burst = rng.choice((1, 1, 1, 4)) * (1 + i / 100)
             variant.append(burst * rng.lognormvariate(0, 0.1))
             baseline.append(burst * 1.3 * rng.lognormvariate(0, 0.1))
-        ratio = sampler.paired_ratio(baseline, variant)
+        ratio = paired_ratio(baseline, variant)
         covered += ratio.low <= 1.3 <= ratio.high
     assert covered >= 0.93 * 600
 
@@ -160,6 +162,31 @@ def test_the_share_ends_a_cell_and_six_pairs_must_fit(monkeypatch):
         sample_rounds(sides, [0], WallWatch(), Limits(seconds=5))
     allowed = Limits(seconds=5, overspend=lambda needs: needs < 100)
     assert len(sample_rounds(sides, [0], WallWatch(), allowed)) == 6
+
+
+def test_a_quick_side_is_called_at_several_moments_of_a_round(monkeypatch):
+    ticker, order, ends, times = Ticker(), [], [], itertools.cycle([0.01, 0.03])
+    monkeypatch.setattr(time, "perf_counter", ticker)
+
+    def slow(x):
+        order.append("slow")
+        ticker.work(1.0)
+
+    def quick(x):
+        order.append("quick")
+        ticker.work(next(times))
+
+    limits = Limits(seconds=30.0, precision=1e-9, pause=lambda: ends.append(len(order)) or 0.0)
+    sides = {"quick": quick, "slow": slow, "slow too": slow}
+    rounds = sample_rounds(sides, [0], WallWatch(), limits, reference="slow")
+    often = sampler.samples_per_round({"quick": 0.01, "slow": 1.0, "slow too": 1.0})
+    assert often == {"quick": 8, "slow": 1, "slow too": 1}
+    assert rounds.seconds["slow"] == pytest.approx([1.0] * len(rounds))
+    assert rounds.seconds["quick"] == pytest.approx([0.02] * len(rounds)), "not the mean of them"
+    in_rounds = [order[a:b] for a, b in itertools.pairwise(ends)]
+    assert all(calls.count("quick") == 8 and calls.count("slow") == 2 for calls in in_rounds)
+    places = [calls.index("slow") for calls in in_rounds]
+    assert any(0 < place < 7 for place in places), "quick calls all at one moment"
 
 
 # ---- budget ------------------------------------------------------------------------------

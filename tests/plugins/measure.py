@@ -12,6 +12,7 @@ from typing import Any
 
 from reports import schema
 from tests.plugins import machine, memory, ncu, sampler, tokens, trace
+from tests.plugins.intervals import verdict
 from tests.plugins.journal import entry_of
 from tests.plugins.sampler import Call, Host, Rounds
 from tests.plugins.study import Study
@@ -341,7 +342,7 @@ def _ratios(rounds: Rounds, names: Mapping[str, str], study: Study) -> dict[str,
         found.update(
             pairs=len(rounds), speedup=ratio.middle, speedup_low=ratio.low,
             speedup_high=ratio.high,
-            verdict=sampler.verdict(ratio.low, ratio.high, study.margin()),
+            verdict=verdict(ratio.low, ratio.high, study.margin()),
         )  # fmt: skip
     for side in ("without", "peer"):
         if side in rounds.seconds:

@@ -1,8 +1,7 @@
 """Paired sampling: all sides of a cell timed in rounds of random order, and the statistics.
 
-A claim is a ratio: the median over rounds of log(other / variant), with the interval between two
-order statistics (distribution-free, exact binomial coverage).  Bursts of load and drift fall on
-all sides of a round alike, so ratios hold on machines where milliseconds do not.
+A claim is a ratio (intervals.py).  Bursts of load and drift fall on all sides of a round alike, so
+ratios hold on machines where milliseconds do not.
 """
 
 import contextlib
@@ -15,12 +14,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from tests.plugins.intervals import Ratio, paired_ratio
+
 FEWEST_PAIRS = 6  # below it no interval covers 95 %
 PRECISE_PAIRS = 20
 MOST_PAIRS = 400
 CHUNK = 8
 SHORTEST_SAMPLE = 200e-6  # s; shorter calls repeat to fill it
 LONGEST_REPEAT = 20e-3  # s; repeating must not make a sample of the slowest side longer
+LEAST_OF_ROUND = 0.05  # quick sides are called several times in a round, till they fill as much ...
+MOST_OF_SIDE = 8  # ... or so many times
 
 Call = Callable[[Any], Any]
 
@@ -193,57 +196,7 @@ def hidden_work(call: Call, inputs: Sequence[Any], device: Any, fill_s: float = 
     return min(wall / event for wall, event in trials)
 
 
-# ---- statistics --------------------------------------------------------------------------
-
-
-def interval_rank(n: int, confidence: float = 0.95) -> int:
-    """Largest k such that [x(k), x(n+1-k)] covers the median; 0 if n is too small (< 6).
-
-    Coverage is exact for any continuous distribution (Thompson 1936): the number of samples
-    below the median is binomial(n, 1/2).
-    """
-    k, outside = 0, 2 / 2**n  # chance that [x(k+1), x(n-k)] misses the median
-    while k < n // 2 and outside <= 1 - confidence:
-        k += 1
-        outside += 2 * math.comb(n, k) / 2**n
-    return k
-
-
-def verdict(low: float | None, high: float | None, margin: float) -> str:
-    """same, faster, slower or ambiguous, of a speed-up's interval.
-
-    ``margin``: twice the precision aimed at, or the A/A noise floor if that is larger.
-    """
-    if low is None or high is None:
-        return "ambiguous"
-    if 1 / (1 + margin) <= low and high <= 1 + margin:
-        return "same"
-    return "faster" if low > 1 else "slower" if high < 1 else "ambiguous"
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """A speed-up and its 95 % interval; bounds are None below six pairs."""
-
-    middle: float
-    low: float | None
-    high: float | None
-
-    @property
-    def half_width(self) -> float:
-        """Relative half-width of the interval."""
-        if self.low is None or self.high is None:
-            return math.inf
-        return (self.high - self.low) / 2 / self.middle
-
-
-def paired_ratio(other: Sequence[float], variant: Sequence[float]) -> Ratio:
-    """Median of other/variant over pairs: above 1 the variant is faster."""
-    logs = sorted(math.log(o / v) for o, v in zip(other, variant, strict=True))
-    middle, k = math.exp(statistics.median(logs)), interval_rank(len(logs))
-    if not k:
-        return Ratio(middle, None, None)
-    return Ratio(middle, math.exp(logs[k - 1]), math.exp(logs[-k]))
+# ---- rounds ------------------------------------------------------------------------------
 
 
 @dataclass
@@ -321,11 +274,25 @@ class Limits:
     known: dict[str, float] = field(default_factory=dict)  # seconds of a side's call before
 
 
+def samples_per_round(quickest: dict[str, float]) -> dict[str, int]:
+    """How often a round calls each side, at moments spread over it.
+
+    A short call sees one moment of a machine whose memory others use too: beside a baseline of a
+    second, 25 ms strayed by 27 % where 150 ms strayed by 10 %.
+    """
+    least = LEAST_OF_ROUND * sum(quickest.values())
+    return {
+        side: max(1, min(MOST_OF_SIDE, round(least / max(seconds, 1e-9))))
+        for side, seconds in quickest.items()
+    }
+
+
 def _needs_and_has(
     rounds: Rounds, quickest: dict[str, float], limits: Limits, start: float
 ) -> tuple[float, float]:
     """Seconds that six rounds take, and that are left of the share."""
-    needs = FEWEST_PAIRS * rounds.calls * sum(quickest.values())
+    often = samples_per_round(quickest)
+    needs = FEWEST_PAIRS * rounds.calls * sum(often[side] * s for side, s in quickest.items())
     return needs, limits.seconds - (time.perf_counter() - start)
 
 
@@ -341,7 +308,8 @@ def sample_rounds(
     """Time all sides on the same inputs until every interval is narrow or the share is spent.
 
     ``sides`` maps ``reference`` and what it is compared with to calls.  The order inside a round
-    is random (``seed``).  Raises `DoesNotFit` before the first sample.
+    is random (``seed``); the sample of a side that it calls several times is their mean.  Raises
+    `DoesNotFit` before the first sample.
     """
     rng, start = random.Random(seed), time.perf_counter()
     rounds = Rounds({side: [] for side in sides}, reference=reference)
@@ -361,20 +329,24 @@ def sample_rounds(
         quickest |= {side: settled(side) for side in called}
     if not _fits(rounds, quickest, limits, start):
         raise DoesNotFit(*_needs_and_has(rounds, quickest, limits, start))
+    often = samples_per_round(quickest)
+    slots = [side for side in sides for _ in range(often[side])]
     with no_collection():
         while not rounds.stop:
             marks: dict[str, list[Any]] = {side: [] for side in sides}
             spent = False
             for i in range(1, limits.chunk + 1):
                 batch = [rng.choice(inputs) for _ in range(rounds.calls)]
-                for side in rng.sample(list(sides), len(sides)):
+                for side in rng.sample(slots, len(slots)):
                     marks[side].append(watch.time(sides[side], batch))
                 start += limits.pause()
                 spent = time.perf_counter() - start > limits.seconds
                 if spent and len(rounds) + i >= FEWEST_PAIRS:
                     break
             for side, taken in marks.items():
-                rounds.seconds[side] += watch.read(taken)
+                seconds, n = watch.read(taken), often[side]
+                means = [sum(seconds[i : i + n]) / n for i in range(0, len(seconds), n)]
+                rounds.seconds[side] += means
             if len(rounds) >= PRECISE_PAIRS and rounds.half_width() <= limits.precision:
                 rounds.stop = "precise"
             elif spent or len(rounds) >= limits.most:

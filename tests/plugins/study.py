@@ -11,9 +11,10 @@ import pytest
 
 from tests.plugins.budget import Budget
 from tests.plugins.ceilings import DRIFT, Ceilings
+from tests.plugins.intervals import verdict
 from tests.plugins.journal import Journal
 from tests.plugins.machine import busy, conditions_now
-from tests.plugins.sampler import FEWEST_PAIRS, Rounds, verdict
+from tests.plugins.sampler import FEWEST_PAIRS, Rounds
 
 SEED = 0
 STUDY: "pytest.StashKey[Study]" = pytest.StashKey()
