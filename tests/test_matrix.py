@@ -15,6 +15,7 @@ from impl.models import SPECS
 from tests import matrix
 from tests.inner import fresh_pytest
 from tests.matrix import BATCHES, PRECISIONS, PROFILES, STACKS, Cell, Selection
+from tests.plugins.cells import comes_late
 from tests.plugins.sides import opponents
 
 ROOT = Path(__file__).parent.parent
@@ -311,3 +312,12 @@ def test_no_distribution_named_kernels_shadows_ours():
     import kernels
 
     assert Path(kernels.__file__).parent == ROOT / "kernels"
+
+
+def test_each_technique_and_model_comes_before_low_precision():
+    cells = Selection("core").cells().values()
+    both = {cell.model for cell in cells if cell.precision == "fp32"}
+    early = [cell for cell in cells if not comes_late(cell, both)]
+    assert len(early) < len(cells)
+    assert {t for c in early for t in c.techniques} == {t for c in cells for t in c.techniques}
+    assert {c.model for c in early} == {c.model for c in cells}

@@ -125,6 +125,15 @@ def cell_of(item):
     return item.config.study_cells.get(callspec.params.get("cell")) if callspec else None
 
 
+def comes_late(cell: matrix.Cell, both: set[str]) -> bool:
+    """Whether model and techniques have an fp32 cell too, which comes first: time may run out.
+
+    ``both``: models that have fp32 cells.
+    """
+    exists = all("fp32" in t.precisions for t in cell.techniques)
+    return cell.precision != "fp32" and cell.model in both and exists
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     """Tests of one cell run together, cells of one model together, the baseline first.
@@ -141,13 +150,12 @@ def pytest_collection_modifyitems(config, items):
 
     both = {cell.model for cell in place if cell.precision == "fp32"}
 
-    def order(item):  # every model once before low precision: time may run out
+    def order(item):
         if item.get_closest_marker("kernels"):
             return (2,)
         if (cell := cell_of(item)) is None:  # long ones early: no worker ends the run alone
             return 0, not item.get_closest_marker("slow")
-        low = cell.precision != "fp32" and cell.model in both
-        return 1, low, models[cell.model], cell.batch, place[cell]
+        return 1, comes_late(cell, both), models[cell.model], cell.batch, place[cell]
 
     items.sort(key=order)
 
