@@ -7,16 +7,18 @@
 #include "panels.h"
 
 // How activations stand for a kind of weights.
-enum Form { PLAIN, HALVES, BYTES, NIBBLES, QUANTIZED, PAIRED };
+enum Form { PLAIN, HALVES, BYTES, PLANES, NIBBLES, QUANTIZED, PAIRED };
 static Form form_of(const Linear& l, bool prompt, bool narrow) {
     if (l.kind == INT8_DYNAMIC) return QUANTIZED;
 #if defined(__AVX512BF16__)
     if (prompt && (narrow || l.kind == BF16) && l.kind != FP32 && l.kind != INT4) return PAIRED;
 #endif
     (void)narrow;
+#if defined(__AVX512VNNI__)
+    if (l.kind == INT8) return prompt ? PLANES : BYTES;
+#endif
     if (prompt) return PLAIN;
 #if defined(__AVX512VNNI__)
-    if (l.kind == INT8) return BYTES;
     if (l.kind == INT4) return NIBBLES;
 #endif
     return l.kind == BF16 ? HALVES : PLAIN;
@@ -81,10 +83,12 @@ static void prompt_linear(const Linear& l, const Rows& x, int64_t n0, int64_t n1
                           Put put) {
     const auto run = [&](auto f, const void* rows, int64_t bytes, auto fill, auto value) {
         using F = decltype(f);
-        panel_rows<F>((const Word*)rows, bytes / 4, x.M, (l.k + F::PER_WORD - 1) / F::PER_WORD, n0,
-                      n1, (Word*)scratch, fill,
-                      [&](int64_t m, int64_t n, int64_t count, const float* sums) {
-                          for (int64_t i = 0; i < count; ++i)
+        const int64_t parts = x.form == PLANES ? 3 : 1;  // rows of words that make one of x
+        panel_rows<F>((const Word*)rows, bytes / 4, x.M * parts,
+                      (l.k + F::PER_WORD - 1) / F::PER_WORD, n0, n1, (Word*)scratch, fill,
+                      [&](int64_t row, int64_t n, int64_t count, const float* sums) {
+                          const int64_t m = row / parts;
+                          for (int64_t i = 0; i < count && row % parts == 0; ++i)
                               put(n + i, m, value(n + i, m, sums + i));
                       });
     };
@@ -110,6 +114,14 @@ static void prompt_linear(const Linear& l, const Rows& x, int64_t n0, int64_t n1
         return run(Pairs(), x.bytes, x.stride, rows_of(Pairs(), (const int8_t*)l.w), scaled);
 #endif
 #if defined(__AVX512VNNI__)
+    if (x.form == PLANES)  // three sums, of the upper, the middle and the lower bytes
+        return run(Quads(), x.bytes, x.stride / 3, rows_of(Bytes(), (const int8_t*)l.w),
+                   [&](int64_t n, int64_t m, const float* v) {
+                       const auto part = [&](int i) { return bit_cast<int32_t>(v[i * PANEL]); };
+                       const float upper = float(part(0) - 128 * l.sums[n]) * 65536.f;
+                       return (upper + (float(part(1)) * 256.f + float(part(2)))) *
+                              (x.scale[m] * l.scale[n]);
+                   });
     if (x.form == QUANTIZED)
         return run(Quads(), x.bytes, x.stride, rows_of(Bytes(), (const int8_t*)l.w),
                    [&](int64_t n, int64_t m, const float* v) {

@@ -95,17 +95,20 @@ inline void lanes_sums(const DotBytes::Sum (&v)[TILE_ROWS], double* out) {
                            _mm256_cvtps_pd(_mm_load_ps(part))));
 }
 
-// to: 3 bytes per activation, K rounded up to 64; a row with NaN or infinity has the scale NaN.
-inline void split_bytes(const float* from, int64_t K, uint8_t* to, float* scale) {
+// to: 3 bytes per activation, K rounded up to 64: the upper ones of each 64 `block` after those of the
+// 64 before, the middle and the lower ones one and two `plane`s further.  A row with NaN or infinity
+// has the scale NaN.
+inline void split_bytes(const float* from, int64_t K, uint8_t* to, float* scale, int64_t block = 192,
+                        int64_t plane = 64) {
     f32v most = {}, poison = {};  // 0 * NaN and 0 * infinity are NaN
-    const auto block = [&](int64_t k) INLINED {
+    const auto some_of = [&](int64_t k) INLINED {
         if (k + LANES <= K) return load(from + k);
         float padded[LANES] = {};
         if (k < K) std::memcpy(padded, from + k, (K - k) * sizeof(float));
         return load(padded);
     };
     for (int64_t k = 0; k < K; k += LANES) {
-        const f32v v = block(k);
+        const f32v v = some_of(k);
         most = larger(most, larger(v, -v));
         poison += v * 0.f;
     }
@@ -117,13 +120,13 @@ inline void split_bytes(const float* from, int64_t K, uint8_t* to, float* scale)
     const float inverse = finite && some ? MOST / top : 0.f;
     for (int64_t k = 0; k < K; k += 64)
         for (int64_t i = 0; i < 64; i += LANES) {
-            const f32v v = finite ? block(k + i) : f32v{};
+            const f32v v = finite ? some_of(k + i) : f32v{};
             const __m512i n = _mm512_add_epi32(_mm512_cvtps_epi32((__m512)(v * inverse)),
                                                _mm512_set1_epi32(1 << 23));
-            uint8_t* at = to + 3 * k + i;
+            uint8_t* at = to + k / 64 * block + i;
             _mm_storeu_si128((__m128i*)at, _mm512_cvtepi32_epi8(_mm512_srli_epi32(n, 16)));
-            _mm_storeu_si128((__m128i*)(at + 64), _mm512_cvtepi32_epi8(_mm512_srli_epi32(n, 8)));
-            _mm_storeu_si128((__m128i*)(at + 128), _mm512_cvtepi32_epi8(n));
+            _mm_storeu_si128((__m128i*)(at + plane), _mm512_cvtepi32_epi8(_mm512_srli_epi32(n, 8)));
+            _mm_storeu_si128((__m128i*)(at + 2 * plane), _mm512_cvtepi32_epi8(n));
         }
 }
 #endif

@@ -46,6 +46,10 @@ inline void turn(const W* w, int64_t K, int64_t n0, int64_t n1, int64_t w0, int6
         for (int i = 0; i < 4; ++i) rows[i] = w + std::min(n0 + n + i, n1 - 1) * K;
         for (int64_t at = w0; at < w1; at += 4) {
             word4 r[4];
+            // the next panel's weights come while the products of this one run
+            if ((at - w0) % 16 == 0)
+                for (int i = 0; i < 4; ++i)
+                    __builtin_prefetch(rows[i] + PANEL * K + at * PER, 0, 2);
             for (int i = 0; i < 4; ++i) {
                 W padded[4 * PER] = {};
                 const W* p = rows[i] + at * PER;
@@ -96,8 +100,10 @@ inline void turn(const Int4& w, int64_t n0, int64_t n1, int64_t w0, int64_t w1, 
 
 constexpr int64_t PANEL_WORDS = 2048;  // of the summed dimension in a panel: half a megabyte
 constexpr int64_t tall(int64_t M) { return (M + TALL - 1) / TALL * TALL; }
-// Words of scratch of `panel_rows` for M rows of x of this many words.
-constexpr int64_t panel_scratch(int64_t M, int64_t words) { return (words + 4 + tall(M)) * PANEL; }
+// Words of scratch of `panel_rows` for M rows of x of this many words, or three times as many of bytes.
+constexpr int64_t panel_scratch(int64_t M, int64_t words) {
+    return (words + 4 + tall(3 * M)) * PANEL;
+}
 
 // done(m, n, count, sums) for rows m < M of x and runs of outputs in n0 <= n < n1: sums[i] is
 // x row m . weights of output n + i.  x stands in rows of `words` words, x_stride apart, tall(M) of

@@ -38,9 +38,15 @@ struct Step {
     float* best;  // (threads, B * outputs)
     int64_t* best_at;
     const Packed* packed;  // or null: every row has its own row of the cache
+    bool prompt = is_prompt(B, T, packed);  // whether products go through panels of weights
 
     int64_t rows() const { return B * T; }
-    bool prompt() const { return is_prompt(B, T, packed); }
+    // Which tokens get logits: all of them, or fewer, which then are all that the end works on.
+    int64_t wanted() const { return packed ? packed->wanted : B * outputs; }
+    bool fewer() const { return wanted() < rows(); }
+    int64_t column(int64_t i) const {
+        return !fewer() ? i : packed ? packed->columns[i] : i * T + T - 1;
+    }
     // The first slot of row b (or of its token's request) for one kv head, in all of the cache.
     int64_t span(int64_t b, int64_t head) const {
         return packed ? head * m.slots + packed->starts[b] : (b * m.kv_heads + head) * m.slots;
@@ -49,14 +55,14 @@ struct Step {
 
     // Rows of `from` (n, K), normalized when there is a weight, as `l` wants them.
     Rows prepare(const Linear& l, const float* from, const float* norm, int64_t n, int64_t K) {
-        const Form form = form_of(l, prompt(), m.narrow);
+        const Form form = form_of(l, prompt, m.narrow);
         if (form == PLAIN && !norm) return {form, from, nullptr, nullptr, n, K, K};
         const bool alone = n <= FEW;
         const Buffers& to = alone ? own : shared;
-        const int64_t bytes = form == BYTES     ? 3 * apart(K)
-                              : form == NIBBLES ? 4 * apart(K)
-                              : form == PAIRED  ? 2 * apart(K)
-                                                : apart(K);
+        const int64_t bytes = form == BYTES || form == PLANES ? 3 * apart(K)
+                              : form == NIBBLES               ? 4 * apart(K)
+                              : form == PAIRED                ? 2 * apart(K)
+                                                              : apart(K);
         const Share mine = alone ? Share(n, 0, 1, 1) : share(n, 1);
         for (int64_t r = mine.begin; r < mine.end; ++r) {
             const float* row = from + r * K;
@@ -85,6 +91,7 @@ struct Step {
         if (form == QUANTIZED) quantize_row(row, K, bytes, wide, scale);
 #if defined(__AVX512VNNI__)
         if (form == BYTES) split_bytes(row, K, bytes, scale);
+        if (form == PLANES) split_bytes(row, K, bytes, scale, 64, apart(K));
         if (form == NIBBLES) split_digits(row, K, group, bytes, scale);
 #endif
         if (form != PAIRED) return;
@@ -102,10 +109,10 @@ struct Step {
             float& to = out[m * stride + n];
             to = ADD ? to + v : v;
         };
-        if (prompt()) prompt_linear(l, x, n0, n1, scratch, put);
+        if (prompt) prompt_linear(l, x, n0, n1, scratch, put);
         else step_linear(l, x, n0, n1, scratch, put);
     }
-    int64_t unit(const Linear& l) const { return prompt() ? SIDE : l.unit(); }
+    int64_t unit(const Linear& l) const { return prompt ? SIDE : l.unit(); }
 
     // this thread's part of several linears of one input, side by side in rows of `out`
     template <int N>
@@ -141,28 +148,41 @@ struct Step {
         for (int64_t g = 0; g < G; ++g)
             turned(row + (head * G + g) * D, layer.q_norm, 1.f / std::sqrt(float(D)));
     }
+    // Row `to` of `attended` gets what head h of a token sees.
     template <class C>
-    void attend_to(const Layer& layer, int64_t b, int64_t h, int64_t t) {
-        const int64_t D = m.head_dim, H = m.heads, p = positions[b * T + t];
+    void attend_to(const Layer& layer, int64_t token, int64_t h, int64_t to) {
+        const int64_t D = m.head_dim, H = m.heads, p = positions[token];
         const int64_t first = m.window && p >= m.window ? p - m.window + 1 : 0;
-        const int64_t start = span(b, h / (H / m.kv_heads)) * D;
-        attend(qkv + ((b * T + t) * (H + 2 * m.kv_heads) + h) * D, (const C*)layer.keys + start,
-               (const C*)layer.values + start, first, p, D, attended + ((b * T + t) * H + h) * D);
+        const int64_t start = span(token / T, h / (H / m.kv_heads)) * D;
+        attend(qkv + (token * (H + 2 * m.kv_heads) + h) * D, (const C*)layer.keys + start,
+               (const C*)layer.values + start, first, p, D, attended + (to * H + h) * D);
     }
     template <class C>
-    void attention(const Layer& layer) {
+    void attention(const Layer& layer, bool last) {
         const int64_t H = m.heads, G = H / m.kv_heads, tasks = B * m.kv_heads;
-        const bool apart = packed || prompt() || tasks < team.size;  // queries are shared among all threads
+        const bool some = last && fewer();
+        // whether all threads share the queries
+        const bool apart = packed || prompt || some || tasks < team.size;
         for (int64_t task = thread; task < tasks; task += team.size) {
             const int64_t b = task / m.kv_heads, head = task % m.kv_heads;
             for (int64_t t = 0; t < T; ++t) append<C>(layer, b, head, t);
             for (int64_t t = 0; t < T && !apart; ++t)
-                for (int64_t g = 0; g < G; ++g) attend_to<C>(layer, b, head * G + g, t);
+                for (int64_t g = 0; g < G; ++g)
+                    attend_to<C>(layer, b * T + t, head * G + g, b * T + t);
         }
         if (!apart) return;
         team.meet();
-        for (int64_t i = thread; i < rows() * H; i += team.size)
-            attend_to<C>(layer, i / (T * H), i % H, i / H % T);
+        for (int64_t i = thread; i < (some ? wanted() : rows()) * H; i += team.size)
+            attend_to<C>(layer, some ? column(i / H) : i / H, i % H, i / H);
+    }
+    // Once the last layer has their keys and values, tokens without logits are done: in columns
+    // [begin, end), this thread's own, the others close up.
+    void close_up(int64_t begin, int64_t end) {
+        const int64_t C = m.hidden;
+        for (int64_t i = 0; i < wanted(); ++i)
+            std::memmove(x + i * C + begin, x + column(i) * C + begin,
+                         (end - begin) * sizeof(float));
+        prompt = prompt && wanted() > MOST_TOKENS;
     }
 
     void feed_forward(const Layer& l, int64_t n) {
@@ -186,7 +206,8 @@ struct Step {
     }
 
     void run() {
-        const int64_t C = m.hidden, H = m.heads, D = m.head_dim, n = rows();
+        const int64_t C = m.hidden, H = m.heads, D = m.head_dim;
+        int64_t n = rows();
         const Share mine = share(n, 1);
         for (int64_t r = mine.begin; r < mine.end; ++r) embed_row(m.embed, ids[r], x + r * C);
         team.meet();
@@ -195,48 +216,44 @@ struct Step {
             linears<3>({&l.q, &l.k, &l.v}, prepare(l.q, x, l.input_norm, n, C), qkv,
                        (H + 2 * m.kv_heads) * D);
             team.meet();
-            m.cache_bf16 ? attention<bf16>(l) : attention<float>(l);
+            const bool last = i == m.layers - 1;
+            m.cache_bf16 ? attention<bf16>(l, last) : attention<float>(l, last);
+            if (last && !wanted()) return;
             team.meet();
+            const Share out = share(C, SIDE);
+            if (last && fewer()) {
+                close_up(out.begin, out.end);
+                n = wanted();
+            }
             const Rows in = prepare(l.o, attended, nullptr, n, H * D);
-            const Share out = share(C, unit(l.o));
             linear<true>(l.o, in, out.begin, out.end, x, C);
             team.meet();
             feed_forward(l, n);
         }
-        if (packed ? packed->wanted : outputs) predict();
+        if (n) predict(n);
     }
 
-    void predict() {
-        const int64_t C = m.hidden, wanted = packed ? packed->wanted : B * outputs;
-        const float* last = x;
-        if (packed || outputs < T) {  // these tokens, or the last one of each row, side by side
-            const Share some = share(wanted, 1);
-            for (int64_t i = some.begin; i < some.end; ++i) {
-                const int64_t from = packed ? packed->columns[i] : i * T + T - 1;
-                std::memcpy(up + i * C, x + from * C, C * sizeof(float));
-            }
-            last = up;
-            team.meet();
-        }
-        const Rows in = prepare(m.head, last, m.final_norm, wanted, C);
+    // Logits of the first n rows of x, and which is the largest of each.
+    void predict(int64_t n) {
+        const Rows in = prepare(m.head, x, m.final_norm, n, m.hidden);
         const Share mine = share(m.vocab, unit(m.head));
         linear<false>(m.head, in, mine.begin, mine.end, logits, m.vocab);
         if (!argmax) return;
-        for (int64_t r = 0; r < wanted; ++r) {
+        for (int64_t r = 0; r < n; ++r) {
             const float* row = logits + r * m.vocab;
             const float top = greatest(row, mine.begin, mine.end);
             int64_t at = mine.begin;
             while (at + 1 < mine.end && row[at] != top) ++at;
-            best[thread * wanted + r] = top;
-            best_at[thread * wanted + r] = at;
+            best[thread * n + r] = top;
+            best_at[thread * n + r] = at;
         }
         team.meet();
         if (thread == 0)
-            for (int64_t r = 0; r < wanted; ++r) {
+            for (int64_t r = 0; r < n; ++r) {
                 int most = 0;
                 for (int t = 1; t < team.size; ++t)
-                    if (best[t * wanted + r] > best[most * wanted + r]) most = t;
-                argmax[r] = best_at[most * wanted + r];
+                    if (best[t * n + r] > best[most * n + r]) most = t;
+                argmax[r] = best_at[most * n + r];
             }
     }
 };
@@ -269,7 +286,7 @@ struct Layout {
         qkv = take(rows * (m.heads + 2 * m.kv_heads) * m.head_dim);
         attended = take(rows * m.heads * m.head_dim);
         act = take(rows * m.inner);
-        up = take(rows * std::max(m.inner, m.hidden));
+        up = take(rows * m.inner);
         best = take(threads * rows);
         best_at = take(2 * threads * rows);
         shared = buffers(rows, wide);
