@@ -259,6 +259,7 @@ def test_only_cells_that_move_the_number_are_generated():
     assert not matrix.moves(int8, ["scheduler"])
     assert matrix.moves(served, ["scheduler"])
     assert not matrix.moves(served, ["model", "decode"])
+    assert not matrix.moves(served.of("continuous_batching", "decode_step"), ["model"])
     assert all(matrix.moves(baseline, [slot]) for slot in ("model", "decode"))
     assert not matrix.moves(baseline, ["scheduler"])  # in the rounds of every scheduler
 
