@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from impl.core import StudyError
+from impl.core import StudyError, constant_when_compiled
 
 _LIBRARY = torch.library.Library("study", "DEF")
 OPS: dict[str, Op] = {}
@@ -138,7 +138,7 @@ class Op:
 _READY: dict[tuple[str, str | None, str], str] = {}
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def ready(name: str, impl: str | None, device: str) -> str:
     """The implementation that a call on ``device`` gets: ``impl``, or with None the fastest.
 
@@ -163,7 +163,7 @@ def ready(name: str, impl: str | None, device: str) -> str:
 HOME = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def unavailable(impl: str, device: str) -> str | None:
     """Why ``impl`` cannot run on tensors of ``device``, or None when it can."""
     from kernels import build

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from impl.core import Engine, NotEngaged, technique
+from impl.core import Engine, NotEngaged, constant_when_compiled, technique
 from impl.fidelity import budget
 
 from .int8 import expect_operator, quantize_modules, takes, values, zeroed
@@ -58,7 +58,7 @@ class Fp8Linear(Fp8Weight):
         return fp8_linear(x.contiguous(), self.weight, self.scale, self.bias, impl=impl)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def has_fp8(device: torch.device) -> bool:
     """Whether the device multiplies e4m3: no CPU does, GPUs from sm_89 on."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= HARDWARE
