@@ -3,8 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from scipy.stats import chisquare
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from impl.core import Engine, NotEngaged, Sampling, build, stack
 from impl.fidelity import ROUNDING_DB, sqnr_db
@@ -21,6 +19,8 @@ LENGTHS = ((1, 24), (2, 3), (33, 24), (5, 1), (5, 2), (5, 3))
 
 def tiny(seed, vocab=32, layers=2, hidden=32, scale=3.0):
     """A random Llama, its weights scaled up so that its choices are far from ties."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab, hidden_size=hidden, intermediate_size=48, num_hidden_layers=layers,
@@ -213,6 +213,8 @@ def test_sampled_prompt_lookup_emits_the_tokens_of_the_plain_loop(target, batch)
 
 def chi_square(counts, probabilities):
     """p-value that counts follow the probabilities, cells expected under 5 pooled."""
+    from scipy.stats import chisquare
+
     expected = probabilities * counts.sum()
     small = expected < 5
     counts = np.append(counts[~small], counts[small].sum())

@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 import torch
-from scipy import stats
 
 from impl.core import GREEDY, Sampling, StudyError
 from impl.fidelity import ROUNDING_DB, sqnr_db
@@ -331,6 +330,8 @@ def test_a_sampled_row_depends_on_its_seed_and_number_alone(pair):
 
 @pytest.mark.parametrize("top_p", [1.0, 0.7])
 def test_draws_follow_the_distribution(top_p):
+    from scipy import stats
+
     sampling = Sampling(temperature=0.8, top_p=top_p, seed=1)
     logits = torch.randn(12, generator=torch.Generator().manual_seed(0))
     probs = distribution(logits, sampling)
