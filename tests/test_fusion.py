@@ -8,6 +8,7 @@ from torch import nn
 
 from impl.core import Engine, NotEngaged, Sampling, StudyError, build, stack
 from impl.fidelity import ROUNDING_DB, sqnr_db
+from impl.fusion.activations import GemmBiasGelu, form_of
 from impl.fusion.projections import join
 from impl.fusion.proofs import operators_of
 from impl.models import SPECS, costs
@@ -101,7 +102,31 @@ def _step_alone(model, ids, at):
     return model(ids[:, :1], at, cache)
 
 
-@pytest.mark.parametrize("names", [("fused_qkv",), ("fused_norm",), ("fused_qkv", "fused_norm")])
+@pytest.mark.parametrize(("activation", "form"), [
+    ("gelu", "none"), ("gelu_python", "none"), ("gelu_new", "tanh"), ("gelu_pytorch_tanh", "tanh"),
+    ("quick_gelu", None), ("relu", None),
+])  # fmt: skip
+@torch.inference_mode()
+def test_the_gelu_that_joins_a_bias_is_the_model_s_own(activation, form):
+    """x sigmoid(1.702 x) is called a GELU too, and is neither form: such a layer stays as it is."""
+    from transformers import BertConfig
+    from transformers.models.bert.modeling_bert import BertIntermediate
+
+    torch.manual_seed(0)
+    layer = BertIntermediate(BertConfig(hidden_size=48, intermediate_size=80,
+                                        hidden_act=activation)).eval()  # fmt: skip
+    layer.dense.weight.data.normal_()
+    layer.dense.bias.data.normal_()
+    assert form_of(layer.intermediate_act_fn) == form
+    assert GemmBiasGelu.takes(layer) == (form is not None)
+    if form is not None:
+        x = torch.randn(3, 5, 48)
+        want = layer(x)
+        assert sqnr_db(want, GemmBiasGelu(layer.dense, form)(x)) >= ROUNDING_DB["fp32"]
+
+
+@pytest.mark.parametrize("names", [("fused_qkv",), ("fused_norm",), ("fused_qkv", "fused_norm"),
+                                   ("fused_qkv", "fused_norm", "gemm_bias_act")])  # fmt: skip
 @torch.inference_mode()
 def test_a_fused_encoder_computes_what_the_encoder_does(names):
     from transformers import BertConfig, BertModel

@@ -117,6 +117,14 @@ struct Arguments {
     StableIValue* stack;
     Tensor tensor(int i) const { return Tensor(get<AtenTensorHandle>(i)); }
     float number(int i) const { return float(get<double>(i)); }
+    std::string text(int i) const {
+        const auto owned = get<StringHandle>(i);
+        const char* characters = nullptr;
+        torch_did(torch_string_c_str(owned, &characters));
+        std::string copy(characters);
+        torch_delete_string(owned);
+        return copy;
+    }
     void give(int i, Tensor& y) const {
         stack[i] = 0;
         std::memcpy(stack + i, &y.handle, sizeof y.handle);

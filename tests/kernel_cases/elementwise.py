@@ -22,7 +22,7 @@ def _swiglu(shape, dtype):
 
 
 def _gelu_bias(shape, dtype):
-    return [2 * random(*shape, dtype=dtype), random(shape[-1], seed=1, dtype=dtype)]
+    return [2 * random(*shape, dtype=dtype), random(shape[-1], seed=1, dtype=dtype), "none"]
 
 
 def _rope(shape, dtype):
@@ -57,17 +57,18 @@ def _full_tables(x, cos, sin):
     return x, *(torch.cat((t, t), -1)[:, None].to(x.dtype) for t in (cos, sin))
 
 
-def _tanh_gelu(x, bias):
+def _erf_gelu(x, bias, _):
+    """As BERT's first code wrote it."""
     z = x + bias
-    return 0.5 * z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+    return z * 0.5 * (1 + torch.erf(z / math.sqrt(2)))
 
 
 SPEEDS = [
     Speed("softmax", _softmax, SOFTMAX, core=1, eager=Rival(lambda x: torch.softmax(x, -1))),
     Speed("swiglu", _swiglu, ACTIVATIONS, core=1, eager=Rival(lambda gate, up: silu(gate) * up)),
     Speed("gelu_bias", _gelu_bias, ACTIVATIONS, core=1,
-          eager=Rival(lambda x, bias: gelu(x + bias, approximate="tanh")),
-          peers={"transformers_eager": Rival(_tanh_gelu)}),
+          eager=Rival(lambda x, bias, _: gelu(x + bias)),
+          peers={"written_out": Rival(_erf_gelu)}),
     # 8192 positions of 32 heads, and a batch of 8 of 1024
     Speed("rope", _rope, ((1, 8192, 32, 128), (8, 1024, 32, 128)), core=1,
           eager=Rival(_eager_rope, _full_tables), rows=lambda b, t, h, d: b * t),
@@ -81,8 +82,11 @@ BAD = [
     bad("swiglu", "up", r"up shaped like gate \(2, 4\), not \(2, 5\)",
         lambda: (r(2, 4), r(2, 5))),
     bad("swiglu", "mixed", "needs up and gate alike", lambda: (r(2, 4), r(2, 4).half())),
-    bad("gelu_bias", "bias", r"needs a bias of shape \(4,\), not \(5,\)", lambda: (r(2, 4), r(5))),
-    bad("gelu_bias", "mixed", "needs bias and x alike", lambda: (r(2, 4), r(4).half())),
+    bad("gelu_bias", "bias", r"needs a bias of shape \(4,\), not \(5,\)",
+        lambda: (r(2, 4), r(5), "none")),
+    bad("gelu_bias", "mixed", "needs bias and x alike", lambda: (r(2, 4), r(4).half(), "none")),
+    bad("gelu_bias", "form", "knows approximate='none' and 'tanh', not 'erf'",
+        lambda: (r(2, 4), r(4), "erf")),
     bad("rope", "odd", r"an even D, not \(1, 2, 3, 5\)",
         lambda: (r(1, 2, 3, 5), r(2, 2), r(2, 2))),
     bad("rope", "table", r"float32 cos of shape \(2, 2\), not torch.float32 \(3, 2\)",
