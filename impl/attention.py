@@ -140,8 +140,19 @@ def slots_seen(positions, tokens: int, cache) -> torch.Tensor | None:
     return torch.full((cache.batch,), seen, device=cache.rows.device)
 
 
+def _packed_steps_do_it_already(names: frozenset[str]) -> str | None:
+    """A scheduler that packs its steps has no rows of slots, and an operator of its own."""
+    if "continuous_batching" not in names or names & {"static_kv_cache", "torch_compile"}:
+        return None
+    return (
+        "continuous_batching packs its steps, whose single tokens read their own spans by "
+        "paged_attention: decode_attention has nothing to do there; leave it out, or add "
+        "static_kv_cache"
+    )
+
+
 @technique(phase="replace", needs={"generate", "lean", "attention"}, requires={"compiler"},
-           replaces="step attention", fidelity=same_tokens,
+           replaces="step attention", fidelity=same_tokens, idle=_packed_steps_do_it_already,
            effect=_steps_read_their_spans)  # fmt: skip
 def decode_attention(engine: Engine) -> Engine:
     """time = bytes of the slots in use / bandwidth: a step reads each row's span of the cache once.
@@ -152,6 +163,7 @@ def decode_attention(engine: Engine) -> Engine:
     Helps long contexts, in bf16 most (a step of `lm_small` at 4,096 tokens 2.8 times as fast, in
     fp32 1.07), and a preallocated cache that is mostly empty, all of whose slots SDPA reads under a
     mask.  Does not at short contexts: at 64 tokens the call costs more than it saves (0.93, 0.95).
+    ``continuous_batching`` without a static cache does the same by itself, with paged_attention.
     Source: Dao et al. 2023, https://pytorch.org/blog/flash-decoding
     """
     from kernels.decode_attention import decode_attention as over_spans

@@ -109,6 +109,7 @@ class Engine:
 
 
 Effect = Callable[[Engine, Callable[[], Any]], str]
+Idle = Callable[[frozenset[str]], str | None]
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,7 @@ class Technique:
     min_batch: int
     host: str
     peer: str | None
+    idle: Idle | None
     claim: str
 
     @property
@@ -144,7 +146,7 @@ def technique(*, phase: str, effect: Effect, fidelity: Fidelity = same_tokens,
               needs: Iterable[str] = (), requires: Iterable[str] = (),
               replaces: Iterable[str] | str = (), markers: Iterable[str] = (),
               precisions: Iterable[str] = ("fp32", "bf16", "fp16"), min_batch: int = 1,
-              host: str = "lean", peer: str | None = None,
+              host: str = "lean", peer: str | None = None, idle: Idle | None = None,
               variants: Mapping[str, Mapping[str, Any]] | None = None):  # fmt: skip
     """Register the decorated function under its own name, or once per entry of ``variants``.
 
@@ -160,6 +162,7 @@ def technique(*, phase: str, effect: Effect, fidelity: Fidelity = same_tokens,
     min_batch   the smallest batch at which it does anything
     host        for decoders: ``lean`` (ours), or ``transformers`` when it runs on theirs
     peer        the registered technique by somebody else that is measured in the same rounds
+    idle        ``idle(names of a stack) -> sentence`` where another of them leaves it nothing to do
     variants    name -> keyword arguments of the function
     """
     slots = frozenset([replaces] if isinstance(replaces, str) else replaces)
@@ -177,7 +180,7 @@ def technique(*, phase: str, effect: Effect, fidelity: Fidelity = same_tokens,
             TECHNIQUES[name] = Technique(
                 name, function.__module__.removeprefix("impl.").split(".")[0], phase, apply,
                 fidelity, effect, frozenset(needs), frozenset(requires), slots,
-                frozenset(markers), frozenset(precisions), min_batch, host, peer,
+                frozenset(markers), frozenset(precisions), min_batch, host, peer, idle,
                 (function.__doc__ or "").strip().split("\n")[0])  # fmt: skip
         return function
 

@@ -93,6 +93,10 @@ def impossible(
         for slot in sorted(t.replaces):
             if (other := taken.setdefault(slot, t)) is not t:
                 return "stack", f"{other.name} and {t.name} both replace the {slot}"
+    names = frozenset(t.name for t in techniques)
+    for t in techniques:
+        if t.idle and (reason := t.idle(names)):
+            return "stack", reason
     for t in techniques:
         if lacking := t.needs - spec.needs:
             return "model", f"{t.name} needs {', '.join(sorted(lacking))}; {spec.name} has none"

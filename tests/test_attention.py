@@ -8,13 +8,17 @@ import sys
 import pytest
 import torch
 
-from impl.core import Engine
+from impl.core import Engine, Request, stack
+from impl.fusion.proofs import operators_of
+from impl.models import SPECS
+from impl.models.kv_cache import GrowingCache, KVCache
 from kernels import build
 from kernels.decode_attention import decode_attention
 from kernels.flash_attention import flash_attention, flops
 from kernels.paged_attention import paged_attention
 from tests.kernel_cases import random
 from tests.kernel_tools import ROOT
+from tests.matrix import impossible
 from tests.tiny import SPEC
 
 
@@ -155,16 +159,29 @@ def test_rows_may_share_a_page():
 # ---- in the model ---------------------------------------------------------------------------
 
 
-def test_a_prompt_goes_through_our_operator_until_the_engine_is_closed():
-    """Grouped heads; on a CPU SDPA is one operator too, so none is saved but its arithmetic."""
-    from impl import attention
+LAYERS = 2
+
+
+def small_engine(batch=1, cache=None) -> Engine:
+    """A decoder of grouped heads, with a cache of this class; nothing is applied to it."""
     from impl.models.decoder import DecoderConfig, LeanDecoder
 
     config = DecoderConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4,
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=LAYERS, num_heads=4,
         num_kv_heads=2, head_dim=8, max_positions=64, norm_eps=1e-6,
         rope_frequencies=(1.0, 0.1, 0.01, 0.001))  # fmt: skip
-    engine = Engine(SPEC, LeanDecoder(config).eval(), torch.float32, torch.device("cpu"))
+    model = LeanDecoder(config).eval()
+    engine = Engine(SPEC, model, torch.float32, torch.device("cpu"), batch)
+    if cache is not None:
+        engine.new_cache = lambda rows, slots: cache(config, rows, slots)
+    return engine
+
+
+def test_a_prompt_goes_through_our_operator_until_the_engine_is_closed():
+    """On a CPU SDPA is one operator too, so none is saved but its arithmetic."""
+    from impl import attention
+
+    engine = small_engine()
     ids = torch.arange(20)[None]
 
     def counted():
@@ -174,8 +191,39 @@ def test_a_prompt_goes_through_our_operator_until_the_engine_is_closed():
     plain, before = counted()
     attention.flash_attention(engine)
     ours, after = counted()
-    assert (after.ours, after.theirs) == (config.num_layers, 0)
-    assert before.theirs >= config.num_layers
+    assert (after.ours, after.theirs) == (LAYERS, 0)
+    assert before.theirs >= LAYERS
     assert (ours - plain).abs().max() <= 64 * torch.finfo(torch.float32).eps * plain.abs().max()
     engine.undo.close()
     assert counted()[1].ours == 0
+
+
+def served(cache, *names):
+    """The operators that a stack with a scheduler dispatches for two requests of 5 tokens."""
+    engine = small_engine(2, cache)
+    for t in stack(*names, "continuous_batching"):
+        engine = t.apply(engine)
+    with engine.undo:
+        requests = [Request(i, torch.arange(3, 7 + i), 5) for i in range(2)]
+        return operators_of(lambda: engine.serve(requests))
+
+
+def test_packed_steps_read_their_spans_without_decode_attention():
+    """So the stack of both is none: with it or without, the same operators run."""
+    plain, both = (served(GrowingCache, *names) for names in ((), ("decode_attention",)))
+    assert plain == both
+    assert plain["study::paged_attention"] == 4 * LAYERS  # the first token is the prompt's
+    assert not plain["study::decode_attention"]
+    scope, why = impossible(stack("continuous_batching", "decode_attention"), SPECS["lm_small"],
+                            "fp32", 8)  # fmt: skip
+    assert scope == "stack"
+    assert "decode_attention has nothing to do there; leave it out, or add static_kv_cache" in why
+
+
+def test_rows_of_a_static_cache_are_read_by_decode_attention():
+    """The remedy that the sentence names: a scheduler of rows leaves the step to it."""
+    assert not served(KVCache)["study::decode_attention"]
+    assert served(KVCache, "decode_attention")["study::decode_attention"] == 4 * LAYERS
+    for cache in ("static_kv_cache", "torch_compile"):  # which brings one along
+        assert not impossible(stack("continuous_batching", "decode_attention", cache),
+                              SPECS["lm_small"], "fp32", 8)  # fmt: skip
