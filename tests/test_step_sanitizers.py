@@ -59,8 +59,9 @@ FIRST_BARRIER = """team.meet();
 PLANTED = {
     "finds_a_race": ("thread", (FIRST_BARRIER, FIRST_BARRIER.removeprefix("team.meet();")),
                      "data race"),
+    # beyond the end lies what was freed, or nothing: so large a block is mapped by itself
     "finds_an_overrun": ("address", ("nullptr).used;", "nullptr).used / 2;"),
-                         "AddressSanitizer: heap"),  # beyond the end may lie what was freed
+                         "ERROR: AddressSanitizer"),
 }  # fmt: skip
 
 

@@ -95,11 +95,11 @@ inline void lanes_sums(const DotBytes::Sum (&v)[TILE_ROWS], double* out) {
                            _mm256_cvtps_pd(_mm_load_ps(part))));
 }
 
-// to: 3 bytes per activation, K rounded up to 64: the upper ones of each 64 `block` after those of the
-// 64 before, the middle and the lower ones one and two `plane`s further.  A row with NaN or infinity
-// has the scale NaN.
-inline void split_bytes(const float* from, int64_t K, uint8_t* to, float* scale, int64_t block = 192,
-                        int64_t plane = 64) {
+// to: 3 bytes per activation, K rounded up to 64: the upper ones of each 64 `block` after those of
+// the 64 before, the middle and the lower ones one and two `plane`s further.  A row with NaN or
+// infinity has the scale NaN.
+inline void split_bytes(const float* from, int64_t K, uint8_t* to, float* scale,
+                        int64_t block = 192, int64_t plane = 64) {
     f32v most = {}, poison = {};  // 0 * NaN and 0 * infinity are NaN
     const auto some_of = [&](int64_t k) INLINED {
         if (k + LANES <= K) return load(from + k);

@@ -100,7 +100,8 @@ inline void turn(const Int4& w, int64_t n0, int64_t n1, int64_t w0, int64_t w1, 
 
 constexpr int64_t PANEL_WORDS = 2048;  // of the summed dimension in a panel: half a megabyte
 constexpr int64_t tall(int64_t M) { return (M + TALL - 1) / TALL * TALL; }
-// Words of scratch of `panel_rows` for M rows of x of this many words, or three times as many of bytes.
+// Words of scratch of `panel_rows` for M rows of x of this many words, or three times as many rows
+// of bytes.
 constexpr int64_t panel_scratch(int64_t M, int64_t words) {
     return (words + 4 + tall(3 * M)) * PANEL;
 }
