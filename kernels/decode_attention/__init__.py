@@ -177,6 +177,7 @@ def decode_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
     0.77 to 0.79 of what one reads.  Fetched ahead into the first-level cache, or not at all, two
     had 0.46 to 0.58.  From the second-level cache a thread takes 48 and 40, 41 and 31 GB/s: not
     arithmetic alone binds, probably the lines that a core may have under way.
+    In a later run, full rows, medians of 460 to 1970 pairs: 0.96 and 1.07, 0.79 and 1.01.
     """
     if scale is None:
         scale = q.shape[-1] ** -0.5

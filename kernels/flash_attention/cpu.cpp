@@ -12,7 +12,9 @@ struct Shape {
 struct Strides {  // in elements, of batch, head and token; the last dimension is dense
     int64_t batch, head, token;
 };
-constexpr int64_t KEYS = 128;  // of a block; a multiple of PANEL
+// Of a block; a multiple of PANEL, and no power of two, whose rows would share sets of the cache.
+// Against 128: 1.03 to 1.04 times the rate from 512 tokens on, in fp32 and bf16, on one thread.
+constexpr int64_t KEYS = 320;
 constexpr int64_t MOST_QUERIES = 64 * TALL, FEWEST_ROWS = 8 * TALL;  // of queries that share a packed block
 
 static int64_t rounded(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
@@ -28,9 +30,10 @@ template <class F, class T> class Worker {
     f32v* total;
 
 public:
-    Worker(int64_t dim, int64_t rows)
+    Worker(int64_t dim, int64_t rows, int64_t keys)
         : D(dim), words(rounded((dim + P - 1) / P, 4)), wide(rounded(dim, LANES)) {
-        const int64_t sizes[] = {rows * words, words * KEYS, KEYS * wide, KEYS * words, rows * wide,
+        const int64_t block = std::min(KEYS, rounded(keys, PANEL));
+        const int64_t sizes[] = {rows * words, words * KEYS, block * wide, block * words, rows * wide,
                                  TALL * KEYS, rounded(rows, 16), rows * LANES};
         int64_t all = 0, at = 0;
         for (int64_t s : sizes) all += rounded(s, 16) * 4;
@@ -167,7 +170,7 @@ static void flash_attention(const T* q, const T* k, const T* v, T* y, const int6
     const int64_t groups = (all + rows - 1) / rows, units = groups * pairs;
     std::atomic<int64_t> taken{0};
     const auto work = [&] {
-        Worker<F, T> worker(n.dim, rounded(all < rows ? all : rows, TALL));
+        Worker<F, T> worker(n.dim, rounded(all < rows ? all : rows, TALL), n.keys);
         for (int64_t u; (u = taken.fetch_add(1)) < units;) {
             const int64_t first = (groups - 1 - u / pairs) * rows;  // the longest first
             const int64_t b = u % pairs / n.kv_heads, h = u % pairs % n.kv_heads;

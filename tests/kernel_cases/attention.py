@@ -8,7 +8,7 @@ from tests.kernel_cases import Case, Rival, Speed, bad, random
 FULL, CAUSAL = 1, 2
 # batch, heads, kv heads, queries, keys, head_dim, mask: grouped and longer keys; one of each;
 # several blocks of both, one key over; head 128; odd head; no query, no key, no row
-PREFILL = [(3, 4, 2, 5, 7, 16, CAUSAL), (1, 1, 1, 1, 1, 1, CAUSAL), (1, 2, 1, 129, 257, 64, CAUSAL),
+PREFILL = [(3, 4, 2, 5, 7, 16, CAUSAL), (1, 1, 1, 1, 1, 1, CAUSAL), (1, 2, 1, 129, 641, 64, CAUSAL),
            (1, 3, 3, 70, 131, 128, FULL), (2, 2, 1, 33, 40, 37, FULL), (2, 2, 1, 0, 3, 8, CAUSAL),
            (1, 2, 1, 3, 0, 8, FULL), (0, 2, 1, 3, 3, 8, CAUSAL)]  # fmt: skip
 
