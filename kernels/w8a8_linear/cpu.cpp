@@ -2,22 +2,46 @@
 // then each thread takes a run of rows of w.  With VNNI, products of four int8 are added up in
 // int32 by one instruction; elsewhere the same whole numbers meet in fp32.
 #include <memory>
-#include "dot.h"
+#include "panels.h"
 
 #if defined(__AVX512VNNI__)
-using Path = DotInt8;
-static int32_t too_large(const int8_t* w, int64_t K) {
+// The unit multiplies unsigned by signed bytes: weights stand as w + 128, a bit turned on the way,
+// so that what each sum is too large depends on the row of x alone.
+struct Path : DotInt8 {
+    using DotInt8::widen;
+    static Vector widen(const int8_t* p) {
+        return _mm512_xor_si512(load_as<Vector>(p), _mm512_set1_epi8(-128));
+    }
+    static i32v mac(i32v acc, Vector x, Vector w) { return DotInt8::mac(acc, w, x); }
+};
+static int32_t too_large(uint8_t* x, int64_t K) {  // x + 128 becomes x; returns 128 times its sum
     i32v acc = {};
     int64_t k = 0;
     const __m512i ones = _mm512_set1_epi8(1);
-    for (; k + 64 <= K; k += 64) acc = DotInt8::mac(acc, ones, DotInt8::widen(w + k));
+    for (; k + 64 <= K; k += 64) {
+        const __m512i q = Path::widen((int8_t*)x + k);
+        std::memcpy(x + k, &q, sizeof q);
+        acc = DotInt8::mac(acc, ones, q);
+    }
     int32_t total = lanes_sum(acc);
-    for (; k < K; ++k) total += w[k];
+    for (; k < K; ++k) total += int8_t(x[k] ^= 128);
     return 128 * total;
 }
 #else
 using Path = Fma;
-static int32_t too_large(const int8_t*, int64_t) { return 0; }
+static int32_t too_large(float*, int64_t) { return 0; }
+#endif
+
+#if defined(__AVX512VNNI__)
+// Many rows of x meet panels of 64 outputs.  Sums are whole: in another order they have the same bits.
+constexpr int64_t MANY = 64;  // below, turning the weights costs what it saves
+struct TurnedQuads : Quads {  // four x, four of weights as w + 128
+    static i32v mac(i32v acc, Word x, word_v w) {
+        return (i32v)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, _mm512_set1_epi32(int(x)));
+    }
+};
+struct TurnedBytes : Bytes {};
+inline word4 words(TurnedBytes, const int8_t* p) { return load_as<word4>(p) ^ 0x80808080u; }
 #endif
 
 template <class T>
@@ -25,28 +49,55 @@ static void w8a8_linear(const T* x, int64_t x_stride, const int8_t* w, const flo
                         const float* bias, T* y, int64_t M, int64_t N,
                         int64_t K, int threads) {
     using X = Path::X;
-    const std::unique_ptr<X[]> rows(new X[M * apart(K)]);
+    const std::unique_ptr<X[]> rows(new X[tall(M) * apart(K)]);  // panels read whole tiles
     const std::unique_ptr<float[]> row_scale(new float[M]);
+    const std::unique_ptr<int32_t[]> shift(new int32_t[M]);
     const auto quantize = [&](int64_t m, float* wide) {
-        const T* row = x + m * x_stride;
-        fill_row(wide, K, false, [&](int64_t k) { return load(row + k); },
-                 [&](int64_t k) { return to_float(row[k]); });
-        quantize_row(wide, K, (uint8_t*)(rows.get() + m * apart(K)), (float*)(rows.get() + m * apart(K)),
-                     row_scale.get() + m);
+        const T* from = x + m * x_stride;
+        X* row = rows.get() + m * apart(K);
+        fill_row(wide, K, false, [&](int64_t k) { return load(from + k); },
+                 [&](int64_t k) { return to_float(from[k]); });
+        quantize_row(wide, K, (uint8_t*)row, (float*)row, row_scale.get() + m);
+        std::memset(row + K, 0, (apart(K) - K) * sizeof(X));
+        shift[m] = too_large(row, K);
+    };
+    const auto value = [&](int64_t n, int64_t m, Out<Path> sum) {
+        return float(sum - shift[m]) * (row_scale[m] * scale[n]) + (bias ? bias[n] : 0.f);
     };
     const auto multiply = [&](int thread, int of) {
-        const Share share(N, thread, of, TILE_ROWS);
-        std::unique_ptr<X[]> scratch(M >= Path::WIDEN_ONCE ? new X[BLOCK_ROWS * apart(K)] : nullptr);
-        for (int64_t n0 = share.begin; n0 < share.end; n0 += BLOCK_ROWS) {
-            const int64_t n1 = std::min(n0 + BLOCK_ROWS, share.end);
-            int32_t shift[BLOCK_ROWS];  // x stands as x + 128: this much too large
-            for (int64_t n = n0; n < n1; ++n) shift[n - n0] = too_large(w + n * K, K);
-            matmul_rows<Path>(rows.get(), apart(K), M, w, K, n0, n1, K, scratch.get(),
-                              [&](int64_t n, int64_t m, Out<Path> sum) {
-                                  const float v = float(sum - shift[n - n0]) * (row_scale[m] * scale[n]);
-                                  from_float(y + m * N + n, v + (bias ? bias[n] : 0.f));
-                              });
+#if defined(__AVX512VNNI__)
+        if (M >= MANY) {
+            const Share share(N, thread, of, PANEL);
+            const int64_t words = (K + 3) / 4;
+            const std::unique_ptr<Word[]> scratch(new Word[panel_scratch(M, words)]);
+            panel_rows<TurnedQuads>(
+                (const Word*)rows.get(), apart(K) / 4, M, words, share.begin, share.end,
+                scratch.get(),
+                [&](int64_t n0, int64_t n1, int64_t w0, int64_t w1, Word* panel) {
+                    turn<TurnedBytes>(w, K, n0, n1, w0, w1, panel);
+                },
+                [&](int64_t m, int64_t n, int64_t count, const float* sums) {
+                    const auto* whole = (const int32_t*)sums;
+                    fill_row(
+                        y + m * N + n, count, false,
+                        [&](int64_t i) {
+                            const i32v sum = load_as<i32v>(whole + i) - shift[m];
+                            const f32v v = __builtin_convertvector(sum, f32v) *
+                                           (row_scale[m] * load(scale + n + i));
+                            return bias ? v + load(bias + n + i) : v + 0.f;
+                        },
+                        [&](int64_t i) { return value(n + i, m, whole[i]); });
+                });
+            return;
         }
+#endif
+        const Share share(N, thread, of, TILE_ROWS);
+        const std::unique_ptr<X[]> scratch(M >= Path::WIDEN_ONCE ? new X[BLOCK_ROWS * apart(K)]
+                                                                 : nullptr);
+        matmul_rows<Path>(rows.get(), apart(K), M, w, K, share.begin, share.end, K, scratch.get(),
+                          [&](int64_t n, int64_t m, Out<Path> sum) {
+                              from_float(y + m * N + n, value(n, m, sum));
+                          });
     };
     const bool alone = threads <= 1 || N * K < SERIAL_ELEMENTS;
     const bool few = alone || M == 1;  // no rows to share: no barrier (four rows gain by sharing)
