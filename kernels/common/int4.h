@@ -9,7 +9,9 @@
 
 constexpr int SIDE = 16;                // outputs side by side
 constexpr int PARTS = SIDE / LANES;     // vectors that hold them
-constexpr int64_t AHEAD = 16 * SIDE;    // dwords from here to what is fetched: crosses a page early
+// Dwords from here to what is fetched into the second-level cache, where more lines may be under way
+// than into the first: of 47 GB/s that a plain read took, 42, where half as far into the first took 31.
+constexpr int64_t FAR = 32 * SIDE;
 constexpr int MOST_TILE = LANES == 16 ? 8 : 2;  // rows of x that meet a weight in registers
 // Blocks of 16 outputs read side by side for M rows of x, as the registers allow: four streams keep
 // a core's memory busy (of the bandwidth that one stream has, one block took 0.8, four took 1).
@@ -28,6 +30,11 @@ struct Int4 {
     int64_t k, group;
     const uint32_t* block(int64_t b) const { return packed + b * k * (SIDE / 8); }
     const bf16* scales(int64_t b) const { return scale + b * (k / group) * SIDE; }
+    // What to fetch at p, in block b of a tile of `blocks`: past the block's end each stream goes on
+    // in the next tile, not in its neighbour.
+    const uint32_t* ahead(const uint32_t* p, int64_t b, int blocks) const {
+        return p + FAR + (p + FAR < block(b + 1) ? 0 : (blocks - 1) * (block(1) - packed));
+    }
 };
 
 // How weights of eight inputs meet them: `weights` widens step i of a lane's nibbles.
@@ -88,9 +95,10 @@ inline void int4_tile(const typename D::X* x, int64_t x_stride, const Int4& w, i
     int64_t left = w.group;
     for (int64_t k = 0; k < w.k; k += 32) {
         f32v acc[R][PARTS][M][2] = {};  // two chains hide what an addition takes
-        for (int64_t i = k; i < k + 32; i += 8, p += SIDE)
+        for (int64_t i = k; i < k + 32; i += 8, p += SIDE) {
+            const uint32_t* ahead = w.ahead(p, b, R);
             unrolled<R>([&](auto r) INLINED {
-                __builtin_prefetch(p + r * next + AHEAD);
+                __builtin_prefetch(ahead + r * next, 0, 2);
                 unrolled<PARTS>([&](auto part) INLINED {
                     const u32v v = load_as<u32v>(p + r * next + part * LANES);
                     unrolled<D::STEPS>([&](auto j) INLINED {
@@ -102,6 +110,7 @@ inline void int4_tile(const typename D::X* x, int64_t x_stride, const Int4& w, i
                     });
                 });
             });
+        }
         unrolled<R>([&](auto r) INLINED {
             unrolled<PARTS>([&](auto part) INLINED {
                 const f32v s = load(scale + r * next_scale + part * LANES);
@@ -244,9 +253,10 @@ inline void int4_a8_tile(const Int8Rows& x, int64_t m0, const Int4& w, int64_t b
             constexpr int m = i % M, part = i / M % PARTS, r = i / M / PARTS;
             acc[r][part][m] = i32v{} + shift[m * x.groups + g];
         });
-        for (const int8_t* end = bytes + w.group; bytes < end; bytes += 8, p += SIDE)
+        for (const int8_t* end = bytes + w.group; bytes < end; bytes += 8, p += SIDE) {
+            const uint32_t* ahead = w.ahead(p, b, R);
             unrolled<R>([&](auto r) INLINED {
-                __builtin_prefetch(p + r * next + AHEAD);
+                __builtin_prefetch(ahead + r * next, 0, 2);
                 unrolled<PARTS>([&](auto part) INLINED {
                     const u32v v = load_as<u32v>(p + r * next + part * LANES);
                     const u32v low = v & 0x0f0f0f0f, high = v >> 4 & 0x0f0f0f0f;
@@ -258,6 +268,7 @@ inline void int4_a8_tile(const Int8Rows& x, int64_t m0, const Int4& w, int64_t b
                     });
                 });
             });
+        }
         unrolled<R>([&](auto r) INLINED {
             unrolled<PARTS>([&](auto part) INLINED {
                 const f32v s = load(scale + r * next_scale + part * LANES);

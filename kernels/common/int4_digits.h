@@ -8,10 +8,6 @@
 
 #if defined(__AVX512VNNI__)
 constexpr int DIGITS = 3;
-// Dwords from here to what is fetched into the second-level cache, where more
-// lines may be under way than into the first: of 47 GB/s that a plain read
-// took, 42, where AHEAD into the first took 31.
-constexpr int64_t FAR = 32 * SIDE;
 // A row of x: of each eight inputs the upper bytes (signed), the middle and the
 // lower ones, in the order 0 4 1 5 2 6 3 7 as the nibbles of a weight come;
 // then, from byte 3 * apart(K) on, per group and digit -8 times the digits'
@@ -79,7 +75,6 @@ inline void int4_digits_tile(const uint8_t *x, int64_t stride, const Int4 &w,
   const int64_t next = w.block(1) - w.packed,
                 next_scale = w.scales(1) - w.scale;
   const auto *shift = (const int32_t *)(x + DIGITS * apart(w.k));
-  const uint32_t *const end_of_block = w.block(b + 1);
   const auto four = [](const uint8_t *at) INLINED {
     return _mm512_set1_epi32(load_as<int32_t>(at));
   };
@@ -91,10 +86,7 @@ inline void int4_digits_tile(const uint8_t *x, int64_t stride, const Int4 &w,
     });
     for (const uint8_t *end = x + w.group * DIGITS; x < end;
          x += 8 * DIGITS, p += SIDE) {
-      // past a block's end each stream goes on in the next tile, not in its
-      // neighbour
-      const uint32_t *ahead =
-          p + FAR + (p + FAR < end_of_block ? 0 : (R - 1) * next);
+      const uint32_t *ahead = w.ahead(p, b, R);
       unrolled<R>([&](auto r) INLINED {
         __builtin_prefetch(ahead + r * next, 0, 2);
         const u32v v = load_as<u32v>(p + r * next);
