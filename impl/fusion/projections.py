@@ -271,9 +271,9 @@ def fused_mlp(engine: Engine) -> Engine:
 
     Gate and up are one product over one weight (the two are let go); ``kernels.swiglu`` reads both
     halves where they lie and writes their product once, where eager writes silu(g) and reads it.
-    Helps where activations outgrow the caches: 3 passes over them instead of 5.  Does not in a small
-    step on a CPU (0.98 of the plain step's speed in fp32, 1.01 in bf16), nor where the products take
-    the time.
+    Helps where activations outgrow the caches: 3 passes over them instead of 5.  Does not in a
+    small step on a CPU (0.98 of the plain step's speed in fp32, 1.01 in bf16), nor where the
+    products take the time.
     Source: Shazeer 2020 (SwiGLU), https://arxiv.org/abs/2002.05202; Hsu et al. 2024 (Liger kernels,
     the fused form), https://arxiv.org/abs/2410.10989
     """
