@@ -169,7 +169,7 @@ def test_no_cell_is_built_early_that_there_is_no_time_for():
 # ---- the real thing ----------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.slow(on_request=True)
 def test_a_real_table_has_one_set_of_rounds(tmp_path):
     stacks = "eager,lean_decoder,static_kv_cache"
     done = fresh_pytest(

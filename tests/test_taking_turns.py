@@ -1,5 +1,6 @@
 """Models that do not fit together: fewer layers, or turns in memory."""
 
+import gc
 import itertools
 import json
 from pathlib import Path
@@ -142,6 +143,7 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch):
+    gc.freeze()  # as a session does: each block collects garbage, a second where much is loaded
     clock = Clock()
     monkeypatch.setattr("time.perf_counter", clock)
     return clock
@@ -174,7 +176,7 @@ def test_blocks_that_do_not_fit_say_both_numbers(clock):
         blocks.sample_blocks(sides, [0] * 4, WallWatch(), Limits(20), lambda: 1.0)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(on_request=True)
 def test_a_cell_is_measured_in_turns(tmp_path):
     """The whole way, in a session that believes its memory small."""
     one, two = (footprint_bytes(SPECS["lm_small"], "fp32", 1, copies=n) for n in (1, 2))
