@@ -6,16 +6,19 @@ ARGS ?=
 WORKERS ?= $(shell n=$$(nproc); echo $$((n > 4 ? 4 : n)))
 STAMP := $(VENV)/.installed
 
-.PHONY: bench test headline report lint install clean
+.PHONY: bench test headline kernels report lint install clean
 
-bench: install  ## the default profile: table, saved JSON, HTML report (its path comes last)
+bench: install kernels  ## the default profile: table, saved JSON, HTML report (its path comes last)
 	@$(BIN)/python -m reports bench -- $(ARGS)
 
 test: install  ## correctness, effect and quality of the smoke cells, and every other test
 	$(BIN)/pytest --profile smoke --benchmark-skip --benchmark-disable -n $(WORKERS) -q $(ARGS)
 
-headline: install  ## the headline cells in three fresh processes; the worst of the three counts
+headline: install kernels  ## the headline cells in three fresh processes; the worst of the three counts
 	@$(BIN)/python -m reports headline --measure -- $(ARGS)
+
+kernels: install
+	@$(BIN)/python -m kernels
 
 report: install
 	@$(BIN)/python -m reports build

@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch  # before any library of ours: the process must hold one OpenMP runtime, torch's
@@ -199,6 +200,24 @@ def call_library(name: str) -> ctypes.CDLL | None:
     flags = ["-std=c++17", "-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-Wall", f"-I{COMMON}",
              f"-I{torch_home}/include", f"-L{torch_home}/lib", "-ltorch_cpu"]  # fmt: skip
     return _shared(f"{name}-call", source, flags, header.read_bytes(), torch.__version__)
+
+
+def build_all() -> dict[str, str]:
+    """Build all CPU kernels for ``current_isa()``, a core each; name -> why it failed."""
+    level = current_isa()
+
+    def attempt(name: str) -> str | None:
+        try:
+            _library(name, level)
+            call_library(name)
+        except KernelError as error:
+            return str(error)
+        return None
+
+    names = sorted(source.parent.name for source in HERE.glob("*/cpu.cpp"))
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as workers:
+        found = zip(names, workers.map(attempt, names), strict=True)
+        return {name: why for name, why in found if why is not None}
 
 
 def cpu_address(name: str, symbol: str) -> int | None:

@@ -7,11 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 
+from impl import core
+from impl.models import SPECS
 from tests.emulated import Ticker
 from tests.inner import fresh_pytest
+from tests.matrix import Cell
 from tests.plugins.budget import Budget, Plan
+from tests.plugins.pool import Pool
 from tests.plugins.sampler import Limits, WallWatch
-from tests.plugins.study import KeptRounds
+from tests.plugins.sides import company_of
+from tests.plugins.study import STUDY, KeptRounds
 from tests.plugins.tables import AGAIN, Company, Sampling, Sides, TableCell
 
 STACKS = ("eager", "a", "b")
@@ -151,9 +156,11 @@ def test_a_cell_with_samples_is_not_refused():
     budget, ticker = budget_of("a", "b", "c", seconds=10.0)
     budget.begin("a")
     budget.prepay("b", 5.0)
-    ticker.work(11.0)
+    ticker.work(10.1)
     assert budget.begin("b") is None
     assert "leaves 0.0 s" in budget.begin("c")
+    ticker.work(1.0)
+    assert "leaves 0.0 s" in budget.begin("b"), "the session would never end"
 
 
 def test_no_cell_is_built_early_that_there_is_no_time_for():
@@ -188,3 +195,27 @@ def test_a_real_table_has_one_set_of_rounds(tmp_path):
     }  # fmt: skip
     assert len({r["pairs"] for r in records.values()}) == 1
     assert records["eager"]["pairs"] >= 6
+
+
+def test_nobody_is_measured_early_at_the_cost_of_others():
+    """A technique of low precision alone comes early; it does not take its whole table along."""
+    names = ("eager", "mixed_precision", "int8_weight_only")
+    cells = [Cell(core.stack(name), "lm_small", p, 1) for p in ("fp32", "bf16") for name in names]
+    config = SimpleNamespace(study_cells={c.id: c for c in cells},
+                             stash={STUDY: session(stacks=[c.id for c in cells])})  # fmt: skip
+    items = [
+        SimpleNamespace(nodeid=c.id, originalname="test_generation", config=config,
+                        callspec=SimpleNamespace(params={"cell": c.id}))
+        for c in cells
+    ]  # fmt: skip
+    for item in items:
+        item.session = SimpleNamespace(items=items)
+    pool = Pool(SPECS, "cpu")
+
+    def company(cell):
+        (item,) = (it for it in items if it.nodeid == cell.id)
+        return [c.stack for c in company_of(item, cell, pool).values()]
+
+    assert company(cells[0]) == list(names)
+    assert company(cells[4]) == ["mixed_precision"]
+    assert company(cells[3]) == ["eager", "int8_weight_only"]

@@ -80,9 +80,11 @@ class Budget:
         """Start a cell; a sentence when there is no time to (it then must not be built)."""
         self._cell_start = self.clock()
         plan, needs = self.plans.get(fullname), self.expected(fullname)
-        if plan is None or plan.by_name or fullname in self.prepaid:
-            return None
         leeway = LEEWAY * self.seconds
+        if plan is None or plan.by_name:
+            return None
+        if fullname in self.prepaid and self.left() > -leeway / 2:  # its samples are taken
+            return None
         if self.left() <= 0 or needs > self.left() + leeway / 2:
             return (
                 f"the budget of {self.seconds:g} s leaves {max(0.0, self.left()):.1f} s and this "

@@ -134,6 +134,11 @@ def comes_late(cell: matrix.Cell, both: set[str]) -> bool:
     return cell.precision != "fp32" and cell.model in both and exists
 
 
+def models_at_fp32(config) -> set[str]:
+    """The models of this session that have fp32 cells."""
+    return {cell.model for cell in config.study_cells.values() if cell.precision == "fp32"}
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     """Tests of one cell run together, cells of one model together, the baseline first.
@@ -148,7 +153,7 @@ def pytest_collection_modifyitems(config, items):
     place = {cell: i for i, cell in enumerate(config.study_cells.values())}
     models = {name: i for i, name in enumerate(config.selection.specs)}
 
-    both = {cell.model for cell in place if cell.precision == "fp32"}
+    both = models_at_fp32(config)
 
     def order(item):
         if item.get_closest_marker("kernels"):

@@ -12,7 +12,7 @@ import torch
 from impl.core import TECHNIQUES, Engine
 from tests import matrix, workloads
 from tests.matrix import Cell
-from tests.plugins.cells import cell_of, families_of
+from tests.plugins.cells import cell_of, comes_late, families_of, models_at_fp32
 from tests.plugins.engines import Checks, Evidence, is_served
 from tests.plugins.pool import Pool
 from tests.plugins.study import STUDY
@@ -200,11 +200,14 @@ def company_of(item: pytest.Item, cell: Cell, pool: Pool) -> dict[str, Cell]:
         return {}
     if pool.weights.are_shared(pool.spec(cell), cell.precision):
         return {}
+    both = models_at_fp32(item.config)
+    late = comes_late(cell, both)  # nobody is measured before his turn at the cost of others
     return {
         it.nodeid: other
         for it in item.session.items
         if it.nodeid in session.budget.plans and it.originalname == item.originalname
         and (other := cell_of(it)) is not None and other.workload == cell.workload
+        and comes_late(other, both) == late
     }  # fmt: skip
 
 

@@ -1,0 +1,39 @@
+"""``python -m kernels``: what is built ahead, and what a failure says."""
+
+import pytest
+
+from kernels import __main__ as command
+from kernels import build
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    """A tree of two operations, one of which is no C++."""
+    if reason := build.lacks_compiler():
+        pytest.skip(reason)
+    monkeypatch.setenv("KERNELS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(build, "HERE", tmp_path)
+    sources = {"planted_right": 'extern "C" int seven() { return 7; }', "planted_wrong": "no C++"}
+    for name, text in sources.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "cpu.cpp").write_text(text)
+    return tmp_path
+
+
+def test_every_kernel_is_built_and_a_failure_is_named(tree, capsys):
+    assert command.main() == 1
+    said = capsys.readouterr()
+    assert build.current_isa() in said.out
+    assert "planted_wrong" in said.err
+    assert "take impl='reference'" in said.err
+    assert "planted_right" not in said.err
+    (library,) = (tree / "cache").glob("*.so")
+    assert library.name.startswith("planted_right")
+    library.unlink()
+    assert build._library("planted_right", build.current_isa()).seven() == 7, "built, not loaded"
+
+
+def test_a_machine_without_a_compiler_goes_on(monkeypatch, capsys):
+    monkeypatch.setattr(build, "compiler", lambda: None)
+    assert command.main() == 0
+    assert "needs a C++ compiler" in capsys.readouterr().out
