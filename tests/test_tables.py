@@ -152,6 +152,19 @@ def test_what_is_built_for_a_later_cell_is_its_own_cost():
     assert budget.fixed == pytest.approx({"a": 3.0, "b": 22.0})
 
 
+def test_probes_are_not_the_cost_of_the_cell_they_fell_upon():
+    budget, ticker = budget_of("a", "b")
+    budget.begin("a")
+    ticker.work(20.0)
+    budget.not_its_own(20.0)
+    ticker.work(4.0)
+    budget.prepay("b", 1.0)
+    assert budget.expected("b") == pytest.approx(3.0)
+    budget.done("a", sampling_s=1.0, pairs=6)
+    assert budget.fixed == pytest.approx({"a": 3.0})
+    assert budget.left() == pytest.approx(76.0), "but the session spent them"
+
+
 def test_a_cell_with_samples_is_not_refused():
     budget, ticker = budget_of("a", "b", "c", seconds=10.0)
     budget.begin("a")

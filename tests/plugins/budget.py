@@ -92,6 +92,10 @@ class Budget:
             )
         return None
 
+    def not_its_own(self, seconds: float) -> None:
+        """The session spent these in the turn of a cell, on what is nobody's: probes."""
+        self._cell_start += seconds
+
     def affords(self, fullname: str) -> bool:
         """Whether a cell to come can be built now, and the others built before it still checked."""
         if self.plans[fullname].by_name:

@@ -81,7 +81,9 @@ class Study:
             self.before = conditions_now()
             if complaint := busy(self.before):
                 self.marks.append(complaint)
+            start = self.budget.clock()
             self.budget.reserve = float(self.ceilings.measure_first()["seconds"])
+            self.budget.not_its_own(self.budget.clock() - start)
 
     def end_timing(self) -> None:
         """After the last sample: probe again, and give every verdict its final margin."""
