@@ -22,9 +22,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pytest
 import torch
 
 from kernels import build
+from kernels.op import OPS, unavailable
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMITS = ROOT / "tests/data/kernel_limits"
@@ -90,6 +92,36 @@ def host_shim(monkeypatch, recorded: list | None = None):
         patch.setattr(build, "cuda_kernel", cuda_kernel)
         patch.setattr(build, "launch", launch)
         yield
+
+
+def run_on(op: str, route: str, monkeypatch):
+    """The operation by one route on this CPU; skips with a sentence.
+
+    ``route``: ``reference``, ``triton`` (interpreted), ``cuda_on_host``, or an instruction set.
+    """
+    if route == "cuda_on_host":
+        if reason := lacks_shim():
+            pytest.skip(reason)
+
+        def on_host(*args):
+            with host_shim(monkeypatch):
+                return OPS[op].functions["cuda"](*args)
+
+        return on_host
+    impl = route if route in ("reference", "triton") else "cpu"
+    if reason := unavailable(impl, "cpu"):
+        pytest.skip(reason)
+    call = getattr(importlib.import_module(f"kernels.{op}"), op)
+    if impl != "cpu":
+        return lambda *args: call(*args, impl=impl)
+    if route not in build.isas():
+        pytest.skip(f"needs {route}; this processor's best is {build.isas()[0]}")
+
+    def on_cpu(*args):
+        with build.isa(route):
+            return call(*args, impl="cpu")
+
+    return on_cpu
 
 
 def _bytes(t: torch.Tensor):

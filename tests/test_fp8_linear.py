@@ -7,35 +7,10 @@ import torch
 
 from kernels import build, fp8_linear
 from kernels.fp8_linear.reference import quantize_rows
-from kernels.op import OPS, KernelError
+from kernels.op import KernelError
 from tests import kernel_tools
 
 CODES = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
-
-
-def run_on(route, monkeypatch):
-    """The operation by one route on this CPU; skips with a sentence."""
-    if route == "cuda_on_host":
-        if reason := kernel_tools.lacks_shim():
-            pytest.skip(reason)
-
-        def on_host(*args):
-            with kernel_tools.host_shim(monkeypatch):
-                return OPS["fp8_linear"].functions["cuda"](*args)
-
-        return on_host
-    if route == "reference":
-        return lambda *args: fp8_linear.fp8_linear(*args, impl="reference")
-    if reason := build.lacks_compiler():
-        pytest.skip(reason)
-    if route not in build.isas():
-        pytest.skip(f"needs {route}; this processor's best is {build.isas()[0]}")
-
-    def on_cpu(*args):
-        with build.isa(route):
-            return fp8_linear.fp8_linear(*args, impl="cpu")
-
-    return on_cpu
 
 
 ROUTES = ["reference", *build.ISA_LEVELS, "cuda_on_host"]
@@ -45,7 +20,7 @@ ROUTES = ["reference", *build.ISA_LEVELS, "cuda_on_host"]
 @pytest.mark.parametrize("route", ROUTES)
 def test_every_code_of_a_weight_is_its_number(route, rows, monkeypatch):
     """Among zeros stands one 448, whose row has the scale 1: its column's weights come out."""
-    run = run_on(route, monkeypatch)
+    run = kernel_tools.run_on("fp8_linear", route, monkeypatch)
     x = torch.zeros(rows, 40)
     x[:, 3] = 448.0
     weight = torch.zeros(256, 40).to(torch.float8_e4m3fn)
@@ -58,7 +33,7 @@ def test_every_code_of_a_weight_is_its_number(route, rows, monkeypatch):
 @pytest.mark.parametrize("route", ROUTES)
 def test_activations_round_to_the_nearest_e4m3_and_ties_to_even(route, monkeypatch):
     """Every number of e4m3, what is just beside it, and the middles between two."""
-    run = run_on(route, monkeypatch)
+    run = kernel_tools.run_on("fp8_linear", route, monkeypatch)
     codes = CODES[:127].float()
     middles = (codes[1:] + codes[:-1]) / 2
     points = torch.cat(
@@ -74,7 +49,7 @@ def test_activations_round_to_the_nearest_e4m3_and_ties_to_even(route, monkeypat
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_rows_of_zeros_and_of_nearly_nothing(route, monkeypatch):
-    run = run_on(route, monkeypatch)
+    run = kernel_tools.run_on("fp8_linear", route, monkeypatch)
     x = torch.zeros(3, 8)
     x[1], x[2] = 1e-40, 3e38
     weight, scale = fp8_linear.quantize(torch.ones(4, 8))

@@ -7,8 +7,6 @@ import torch
 from torch.nn.functional import gelu
 
 from kernels import build
-from kernels.gelu_bias import gelu_bias
-from kernels.op import OPS, unavailable
 from tests import kernel_tools
 from tests.kernel_cases import CASES, DTYPES, excess, outputs
 
@@ -19,42 +17,13 @@ ROUTES = ["reference", *build.ISA_LEVELS, "cuda_on_host", "triton"]
 FORMS = ["none", "tanh"]
 
 
-def run_on(route, monkeypatch):
-    """The operation by one route on this machine; skips with a sentence."""
-    if route == "reference":
-        return lambda *args: gelu_bias(*args, impl="reference")
-    if route == "cuda_on_host":
-        if reason := kernel_tools.lacks_shim():
-            pytest.skip(reason)
-
-        def on_host(*args):
-            with kernel_tools.host_shim(monkeypatch):
-                return OPS["gelu_bias"].functions["cuda"](*args)
-
-        return on_host
-    if route == "triton":
-        if reason := unavailable("triton", "cpu"):
-            pytest.skip(reason)
-        return lambda *args: gelu_bias(*args, impl="triton")
-    if reason := build.lacks_compiler():
-        pytest.skip(reason)
-    if route not in build.isas():
-        pytest.skip(f"needs {route}; this processor's best is {build.isas()[0]}")
-
-    def on_cpu(*args):
-        with build.isa(route):
-            return gelu_bias(*args, impl="cpu")
-
-    return on_cpu
-
-
 @pytest.mark.parametrize("approximate", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("route", ROUTES)
 def test_each_form_is_torch_s_function_of_that_name(route, dtype, approximate, monkeypatch):
     if route == "triton" and dtype == "bf16":
         pytest.skip("Triton's interpreter computes bf16 wrongly")
-    run = run_on(route, monkeypatch)
+    run = kernel_tools.run_on("gelu_bias", route, monkeypatch)
     for shape in [(3, 301), (2, 3, 64), (0, 7)]:
         x, bias, _ = CASES["gelu_bias"].make(shape, DTYPES[dtype])
         y = run(x, bias, approximate)
@@ -75,7 +44,9 @@ def test_the_error_by_the_erf_is_bounded_relative_to_the_result(route, monkeypat
     slope = 2 if route == "cuda_on_host" else 0.5
     few = 301 if route == "cuda_on_host" else 400_001
     z = torch.linspace(-14, 14, few)
-    y = run_on(route, monkeypatch)(z[None], torch.zeros(few), "none")[0].double()
+    y = kernel_tools.run_on("gelu_bias", route, monkeypatch)(z[None], torch.zeros(few), "none")[
+        0
+    ].double()
     z = z.double()
     exact = z * 0.5 * torch.erfc(-z / 2**0.5)
     smallest = 14 * 2.0**-149  # the step of floats around 0, times z
@@ -87,7 +58,7 @@ def test_the_error_by_the_erf_is_bounded_relative_to_the_result(route, monkeypat
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_the_forms_differ_by_more_than_they_err(route, monkeypatch):
-    run = run_on(route, monkeypatch)
+    run = kernel_tools.run_on("gelu_bias", route, monkeypatch)
     x, bias, _ = CASES["gelu_bias"].make((3, 301), torch.float32)
     erf, tanh = run(x, bias, "none"), run(x, bias, "tanh")
     assert (erf - tanh).abs().max() > 1e-4
@@ -98,7 +69,7 @@ def test_the_forms_differ_by_more_than_they_err(route, monkeypatch):
 @pytest.mark.parametrize("approximate", FORMS)
 @pytest.mark.parametrize("route", ROUTES)
 def test_nan_and_infinity_are_the_formulas(route, approximate, monkeypatch):
-    run = run_on(route, monkeypatch)
+    run = kernel_tools.run_on("gelu_bias", route, monkeypatch)
     x = torch.tensor([[float("nan"), float("inf"), float("-inf"), 0.0, -0.0, 30.0, -30.0, 1e30]])
     (y,) = outputs(run(x, torch.zeros(x.shape[-1]), approximate))
     assert y[0].isnan().nonzero().flatten().tolist() == [0, 2]  # -inf times 0, as the formulas say

@@ -308,13 +308,14 @@ def test_no_distribution_shadows_this_package():
 
 @pytest.mark.slow
 def test_triton_is_right_under_its_interpreter():
-    """A child runs the triton cases of this file; bf16 is unsupported by the interpreter."""
+    """A child runs the triton cases there are; bf16 is unsupported by the interpreter."""
     pytest.importorskip("triton", reason="needs the package triton")
     if build.interpreting():
         pytest.skip("this is that child")
     chosen = "triton and not bf16 and not compiles and not interpreter"
     done = fresh_pytest(
-        *("-p", "no:xdist", "-W", "ignore::RuntimeWarning", "-k", chosen, "tests/test_kernels.py"),
+        *("-p", "no:xdist", "-W", "ignore::RuntimeWarning", "-k", chosen),
+        *("tests/test_kernels.py", "tests/test_gelu_bias.py"),
         TRITON_INTERPRET="1", OMP_NUM_THREADS="1",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]

@@ -16,7 +16,7 @@ from tests.plugins.cells import cell_of, comes_late, families_of, models_at_fp32
 from tests.plugins.engines import Checks, Evidence, is_served
 from tests.plugins.pool import Pool
 from tests.plugins.study import STUDY
-from tests.plugins.tables import AGAIN, TableCell
+from tests.plugins.tables import TableCell, variant_name
 
 
 @dataclass
@@ -96,10 +96,7 @@ class Study:
         found = []
         for name, cell in self.company.items():
             their = opponents(cell, self.spec, self.device, self.checks.selection)
-            builders = dict(self._builders(cell, their, call).values())
-            if cell.stack in their.names.values():
-                builders[cell.stack + AGAIN] = builders[cell.stack]
-            found.append(TableCell(name, builders))
+            found.append(TableCell(name, dict(self._builders(cell, their, call).values())))
         return found
 
     def _builders(
@@ -117,7 +114,7 @@ class Study:
             return build
 
         found = {
-            "variant": (cell.stack, builder(cell)),
+            "variant": (variant_name(cell.stack, o.names), builder(cell)),
             "baseline": (o.names["baseline"], builder(o.baseline)),
         }
         if o.without:

@@ -24,6 +24,11 @@ MOST = 8  # cells sampled together: their records come late, and Ctrl-C must not
 AGAIN = " again"  # the second side of a stack paired with itself
 
 
+def variant_name(own: str, names: Mapping[str, str]) -> str:
+    """What the variant is called among its opponents; in an A/A trial it is one of them."""
+    return own + AGAIN if own in names.values() else own
+
+
 @dataclass(frozen=True)
 class TableCell:
     """A cell of the table that is still to come: its stack and who it is measured against."""
@@ -105,10 +110,8 @@ class Sampling:
         """Kept rounds in which all sides stood, the table's, or the cell's own."""
         kept, cell, timing = self.study.rounds, info["cell"], info["timing"]
         own = "+".join(cell["techniques"])
-        stacks = {"variant": own}
+        stacks = {"variant": variant_name(own, sides.names)}
         stacks |= {side: sides.names[side] for side in sides.calls if side != "variant"}
-        if own in sides.names.values():  # an A/A trial
-            stacks["variant"] += AGAIN
         found = kept.find(cell, timing, stacks)
         if found is None and len(table) > 1 and not take_turns and "baseline" in sides.calls:
             if together := self._together(sides, stacks, inputs, watch, table):
