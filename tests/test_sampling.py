@@ -186,6 +186,13 @@ def test_a_quick_side_is_called_at_several_moments_of_a_round(monkeypatch):
     assert any(0 < place < 7 for place in places), "quick calls all at one moment"
 
 
+def test_quick_sides_fill_more_of_a_round_where_there_is_time():
+    """Of 20 rounds, or of rounds whose quick sides take half as much."""
+    quickest = {"quick": 0.04, "slow": 0.96}
+    assert sampler.samples_per_round(quickest, seconds=22.0) == {"quick": 2, "slow": 1}
+    assert sampler.samples_per_round(quickest, seconds=20.0) == {"quick": 1, "slow": 1}
+
+
 # ---- budget ------------------------------------------------------------------------------
 
 
@@ -240,6 +247,14 @@ def test_a_new_technique_may_take_more_than_its_share():
     budget.done("a", 1.0, pairs=6)
     assert not budget.may_overspend("b", 50)
     assert budget.may_overspend("b", 30)  # less than an equal part of the whole
+
+
+def test_the_last_cells_leave_less_for_nobody():
+    budget = Budget(100, clock=Ticker())
+    budget.plan([Plan("a", "m", ("t",)), Plan("b", "m", ("t",))])
+    budget.start()
+    assert budget.share("a") == pytest.approx(0.8 * 100 / 2)
+    assert budget.share("a", cells=2) == pytest.approx(0.9 * 100)
 
 
 def test_costs_of_earlier_runs_are_remembered(tmp_path):

@@ -1,7 +1,7 @@
 """Seconds: what a session may spend, what a cell's share is, which cells do not fit.
 
 Share of a cell's sampling = 0.8 x (seconds left - building the cells to come) / cells left, so
-what one cell saves goes to the rest.  Building and compiling are charged as they happen, and
+what one cell saves goes to the rest; of the last ones together 0.9.  Building and compiling are charged as they happen, and
 expected from earlier cells and runs, so that the budget ends the selection, not the patience.
 """
 
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 SHARE = 0.8
+LAST_SHARE = 0.9  # of the cells after which no other comes to save for
 LEEWAY = 0.05  # of the budget: how far the last cell may run over it
 
 
@@ -117,7 +118,8 @@ class Budget:
         others = [name for name in self.plans if name != fullname]
         coming = sum(self.expected(name) for name in others)
         left = max(self.left() - coming, 0.1 * self.left())
-        return max(0.0, SHARE * left / (len(others) + 1)) * cells
+        part = SHARE if cells <= len(others) else LAST_SHARE
+        return max(0.0, part * left / (len(others) + 1)) * cells
 
     def may_overspend(self, fullname: str, needs: float, cells: int = 1) -> bool:
         """Whether six pairs of so many cells may take ``needs`` seconds though their share is less.

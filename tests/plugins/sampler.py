@@ -22,8 +22,9 @@ MOST_PAIRS = 400
 CHUNK = 8
 SHORTEST_SAMPLE = 200e-6  # s; shorter calls repeat to fill it
 LONGEST_REPEAT = 20e-3  # s; repeating must not make a sample of the slowest side longer
-LEAST_OF_ROUND = 0.05  # quick sides are called several times in a round, till they fill as much ...
-MOST_OF_SIDE = 8  # ... or so many times
+LEAST_OF_ROUND = 0.05  # quick sides are called several times in a round, till they fill as much,
+MUCH_OF_ROUND = 0.1  # or as much where there is time for 20 such rounds,
+MOST_OF_SIDE = 8  # or so many times
 
 Call = Callable[[Any], Any]
 
@@ -274,17 +275,27 @@ class Limits:
     known: dict[str, float] = field(default_factory=dict)  # seconds of a side's call before
 
 
-def samples_per_round(quickest: dict[str, float]) -> dict[str, int]:
+def samples_per_round(quickest: dict[str, float], seconds: float = 0.0) -> dict[str, int]:
     """How often a round calls each side, at moments spread over it.
 
     A short call sees one moment of a machine whose memory others use too: beside a baseline of a
     second, 25 ms strayed by 27 % where 150 ms strayed by 10 %.
     """
-    least = LEAST_OF_ROUND * sum(quickest.values())
-    return {
-        side: max(1, min(MOST_OF_SIDE, round(least / max(seconds, 1e-9))))
-        for side, seconds in quickest.items()
-    }
+
+    def filling(part: float) -> dict[str, int]:
+        least = part * sum(quickest.values())
+        return {
+            side: max(1, min(MOST_OF_SIDE, round(least / max(once, 1e-9))))
+            for side, once in quickest.items()
+        }
+
+    often = filling(MUCH_OF_ROUND)
+    fits = PRECISE_PAIRS * seconds_per_round(often, quickest) <= seconds
+    return often if fits else filling(LEAST_OF_ROUND)
+
+
+def seconds_per_round(often: dict[str, int], quickest: dict[str, float]) -> float:
+    return sum(often[side] * once for side, once in quickest.items())
 
 
 def _needs_and_has(
@@ -292,7 +303,7 @@ def _needs_and_has(
 ) -> tuple[float, float]:
     """Seconds that six rounds take, and that are left of the share."""
     often = samples_per_round(quickest)
-    needs = FEWEST_PAIRS * rounds.calls * sum(often[side] * s for side, s in quickest.items())
+    needs = FEWEST_PAIRS * rounds.calls * seconds_per_round(often, quickest)
     return needs, limits.seconds - (time.perf_counter() - start)
 
 
@@ -329,7 +340,8 @@ def sample_rounds(
         quickest |= {side: settled(side) for side in called}
     if not _fits(rounds, quickest, limits, start):
         raise DoesNotFit(*_needs_and_has(rounds, quickest, limits, start))
-    often = samples_per_round(quickest)
+    left = limits.seconds - (time.perf_counter() - start)
+    often = samples_per_round(quickest, left / rounds.calls)
     slots = [side for side in sides for _ in range(often[side])]
     with no_collection():
         while not rounds.stop:

@@ -20,7 +20,7 @@ from tests.plugins.sampler import Call, DoesNotFit, Limits, Rounds, sample_round
 from tests.plugins.study import SEED, Study
 from tests.plugins.turns import turns
 
-MOST = 8  # cells sampled together: their records come late, and Ctrl-C must not cost much
+MOST = 12  # cells sampled together: their records come late, and Ctrl-C must not cost much
 AGAIN = " again"  # the second side of a stack paired with itself
 
 
