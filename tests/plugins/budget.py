@@ -1,8 +1,9 @@
 """Seconds: what a session may spend, what a cell's share is, which cells do not fit.
 
 Share of a cell's sampling = 0.8 x (seconds left - building the cells to come) / cells left, so
-what one cell saves goes to the rest; of the last ones together 0.9.  Building and compiling are charged as they happen, and
-expected from earlier cells and runs, so that the budget ends the selection, not the patience.
+what one cell saves goes to the rest; of the last ones together 0.9.  Building and compiling are
+charged as they happen, and expected from earlier cells and runs, so that the budget ends the
+selection, not the patience.
 """
 
 import contextlib
