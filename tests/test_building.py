@@ -1,9 +1,15 @@
-"""``python -m kernels``: what is built ahead, and what a failure says."""
+"""``python -m kernels``: what is built ahead, and what a failure says; an import builds nothing."""
+
+import importlib.metadata
+import subprocess
+import sys
 
 import pytest
 
 from kernels import __main__ as command
 from kernels import build
+from kernels.op import OPS
+from tests.kernel_tools import ROOT
 
 
 @pytest.fixture
@@ -37,3 +43,18 @@ def test_a_machine_without_a_compiler_goes_on(monkeypatch, capsys):
     monkeypatch.setattr(build, "compiler", lambda: None)
     assert command.main() == 0
     assert "needs a C++ compiler" in capsys.readouterr().out
+
+
+def test_importing_compiles_nothing():
+    code = ("import sys, subprocess, kernels.build, kernels.op\n"
+            "def forbidden(*a, **k): raise AssertionError('a process was started')\n"
+            "subprocess.run = subprocess.Popen = forbidden\n"
+            f"for name in {sorted(OPS)}: __import__('kernels.' + name)\n"
+            "assert 'triton' not in sys.modules or 'kernels.rms_norm.triton' not in sys.modules\n"
+            "import torch; assert not torch.cuda.is_initialized()")  # fmt: skip
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_no_distribution_shadows_this_package():
+    with pytest.raises(importlib.metadata.PackageNotFoundError):
+        importlib.metadata.version("kernels")
