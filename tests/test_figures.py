@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from impl.core import Engine, StudyError
 from impl.models import SPECS, quality
-from tests.test_numerics import engine_of, int8, tiny
+from tests.test_quantized_models import engine_of, int8, tiny
 
 LANGUAGE = ("perplexity", "kl", "top1_agreement", "completion")
 

@@ -1,20 +1,16 @@
 """Does every scheduler answer every request, with the tokens it would get alone?"""
 
 import contextlib
-import itertools
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from impl.batching import packed
-from impl.batching.continuous import serve_continuous
-from impl.batching.replay import Arrivals, Clock, Pace
-from impl.batching.schedulers import pad_left, serve_static
+from impl.batching.schedulers import pad_left
 from impl.core import TECHNIQUES, Engine, NotEngaged, Request, StudyError, build, stack
 from impl.fidelity import NEAR_TIE
 from impl.models.decoder import KVCache
-from impl.models.requests import LONGEST, request_trace, trace_hash
 from kernels.build import lacks_compiler
 
 LEAN = ["lean_decoder", "static_batching", "continuous_batching"]
@@ -239,109 +235,6 @@ def test_a_request_that_does_not_fit_is_refused_with_both_numbers(model, name):
             engine.serve(requests_of((0, 3)))
 
 
-class FakeClock(Clock):
-    """Time that passes only when a forward runs (1 s each) or when somebody sleeps."""
-
-    def __init__(self):
-        self.time, self.waited = 0.0, 0.0
-
-    def now(self):
-        return self.time
-
-    def sleep_until(self, moment):
-        self.waited += max(0.0, moment - self.time)
-        self.time = max(self.time, moment)
-
-
-@pytest.mark.parametrize("serve", [serve_static, serve_continuous])
-def test_no_request_is_seen_before_it_arrives(model, serve):
-    requests = requests_of((5, 4), (6, 3), (4, 8), (7, 2), (3, 3), (9, 5),
-                           arrivals=[0.0, 2.5, 2.5, 6.0, 40.0, 41.0])  # fmt: skip
-    with serving(model, "continuous_batching", batch=2) as engine:
-        clock = FakeClock()
-
-        def look(_, args, options):
-            ids = args[0]
-            if ids.shape[1] > 1:  # prompts
-                now = {tuple(r.ids.tolist()) for r in requests if r.arrival_s <= clock.time}
-                for prompt in prompts_in(ids, args[1], options.get("columns")):
-                    assert prompt in now, f"prompt of {len(prompt)} seen at {clock.time}"
-            clock.time += 1.0
-
-        engine.model.register_forward_pre_hook(look, with_kwargs=True)
-        answers = serve(engine, requests, 96, clock)
-        check(model, requests, answers)
-        assert clock.waited > 10, "it did not wait for the fifth request"
-
-
-def prompts_in(ids, positions, columns):
-    """The prompts of a forward: one a row, padded on the left, or ``columns`` end them in one."""
-    if columns is None:
-        for row, at in zip(ids, positions, strict=True):
-            yield tuple(row[at < len(row)].tolist())
-        return
-    starts = [0, *(columns + 1).tolist()]
-    for start, end in zip(starts, columns.tolist(), strict=False):
-        if positions[0, start] == 0:
-            yield tuple(ids[0, start : end + 1].tolist())
-
-
-def test_a_batch_that_is_not_full_starts_after_the_longest_wait(model):
-    requests = requests_of((5, 2), (6, 2), (4, 2), arrivals=[0.0, 100.0, 101.0])
-    with serving(model, "static_batching", batch=3) as engine:
-        patient = serve_static(engine, requests, 96, FakeClock())
-        assert all(a.first_token_s >= 101.0 for a in patient)
-        hasty = serve_static(engine, requests, 96, FakeClock(), max_wait_s=5.0)
-        assert [a.first_token_s for a in hasty] == [5.0, 101.0, 101.0]
-        assert engine.stats["mean_batch"] == 1.5
-
-
-def test_arrivals_come_in_order_and_not_more_than_asked():
-    clock = FakeClock()
-    arrivals = Arrivals(requests_of((1, 1), (2, 1), (3, 1), arrivals=[3.0, 1.0, 1.0]), clock)
-    assert arrivals.take(9) == []
-    arrivals.wait()
-    assert clock.time == 1.0
-    assert [r.id for r in arrivals.take(1)] == [1]
-    assert [r.id for r in arrivals.take(9)] == [2]
-    arrivals.wait(5)
-    assert clock.time == 3.0
-    assert [r.id for r in arrivals.take(9)] == [0]
-    assert not arrivals
-
-
-def test_the_host_is_one_step_ahead_of_a_device_and_none_where_a_token_is_due(monkeypatch):
-    log = []
-
-    class Event:
-        def __init__(self):
-            self.number = sum(line.startswith("launched") for line in log)
-
-        def record(self):
-            log.append(f"launched {self.number}")
-
-        def synchronize(self):
-            log.append(f"waited for {self.number}")
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("waited for all"))
-    pace = Pace(torch.device("cuda"))
-    for due in (True, False, False, False, True, False):
-        pace.step(due)
-    assert log == ["waited for all", "launched 0", "launched 1", "waited for 0",
-                   "launched 2", "waited for 1", "waited for all", "launched 3"]  # fmt: skip
-    Pace(torch.device("cpu")).step(due=False)
-    assert len(log) == 8, "a CPU has nothing to wait for"
-
-
-def test_a_token_is_due_where_a_request_begins_or_ends(model, monkeypatch):
-    waits = []
-    monkeypatch.setattr(Pace, "step", lambda self, due: waits.append(due))
-    with serving(model, "continuous_batching", batch=2) as engine:
-        engine.serve(requests_of((4, 5), (6, 3)))
-    assert waits == [True, False, True, False, True]
-
-
 def test_padding_stands_left_at_the_spare_position():
     ids, positions = pad_left(requests_of((1, 1), (3, 1)), rows=3, spare=7)
     assert positions.tolist() == [[7, 7, 0], [0, 1, 2], [7, 7, 7]]
@@ -387,44 +280,3 @@ def test_a_peer_that_is_off_is_noticed(model, name):
         assert effect(engine, lambda: engine.serve(trace))
     with serving(model, "eager") as engine, pytest.raises(NotEngaged):
         effect(engine, lambda: engine.serve(trace))
-
-
-# ---- the trace ---------------------------------------------------------------------------
-
-TEXT = torch.arange(5000)
-
-
-def test_a_trace_is_fixed_by_its_seed():
-    first, again, other = (request_trace(44, seed, text=TEXT) for seed in (0, 0, 1))
-    assert trace_hash(first) == trace_hash(again) != trace_hash(other)
-    # Python's generator and these lengths are the same on every machine
-    assert [(len(r.ids), r.max_new_tokens) for r in first[:3]] == [(62, 5), (14, 6), (49, 4)]
-    moved = [*first[:-1], Request(43, first[-1].ids, first[-1].max_new_tokens, 9.0)]
-    assert trace_hash(moved) != trace_hash(first)
-
-
-def test_lengths_are_log_normal_about_their_means_and_arrivals_poisson():
-    trace = request_trace(4000, rate=50.0, mean_prompt=48, mean_output=14, text=TEXT)
-    prompts = torch.tensor([len(r.ids) for r in trace]).double()
-    answers = torch.tensor([r.max_new_tokens for r in trace]).double()
-    gaps = torch.tensor([b.arrival_s - a.arrival_s for a, b in itertools.pairwise(trace)])
-    # four standard errors of the mean, and what cutting the longest takes away
-    assert prompts.mean().item() == pytest.approx(48, rel=4 * 0.53 / 4000**0.5 + 0.01)
-    assert answers.mean().item() == pytest.approx(14, rel=4 * 0.95 / 4000**0.5 + 0.03)
-    assert gaps.mean().item() == pytest.approx(1 / 50, rel=4 / 4000**0.5)
-    assert answers.max() <= LONGEST * 14
-    assert answers.min() >= 1
-    assert answers.quantile(0.95) > 2 * answers.mean(), "no long tail"
-
-
-def test_prompts_are_stretches_of_the_text():
-    for r in request_trace(20, text=TEXT):
-        assert torch.equal(r.ids, torch.arange(r.ids[0].item(), r.ids[0].item() + len(r.ids)))
-
-
-def test_a_trace_that_cannot_be_drawn_is_refused():
-    assert request_trace(0) == []
-    with pytest.raises(StudyError, match="text has 10 tokens and a prompt may take 192"):
-        request_trace(3, text=TEXT[:10])
-    with pytest.raises(StudyError, match="give positive numbers"):
-        request_trace(3, rate=0.0, text=TEXT)
