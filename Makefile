@@ -12,6 +12,7 @@ bench: install kernels  ## the default profile: table, saved JSON, HTML report (
 	@$(BIN)/python -m reports bench -- $(ARGS)
 
 test: install  ## correctness, effect and quality of the smoke cells, and every other test
+	@$(BIN)/python -m kernels --every-isa
 	$(BIN)/pytest --profile smoke --benchmark-skip --benchmark-disable -n $(WORKERS) -q $(ARGS)
 
 headline: install kernels  ## the headline cells in three fresh processes; the worst of the three counts

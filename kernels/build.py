@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -20,7 +21,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -159,6 +160,17 @@ def _cached(stem: str, suffix: str, *parts: str | bytes) -> Path:
     return cache_folder() / f"{stem}-{digest.hexdigest()[:20]}{suffix}"
 
 
+@contextlib.contextmanager
+def _builds(*paths: Path) -> Iterator[bool]:
+    """Whether these files are to be built: by one process at a time, for all who wait meanwhile."""
+    if all(path.exists() for path in paths):
+        yield False
+        return
+    with paths[0].with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield not all(path.exists() for path in paths)
+
+
 @functools.cache
 def _library(name: str, level: str) -> ctypes.CDLL:
     lacks = lacks_compiler()
@@ -173,19 +185,24 @@ def _shared(stem: str, source: Path, flags: list[str], *parts: str | bytes) -> c
     """The library of one C++ file, from the cache or built; ``parts`` are what it includes."""
     path = _cached(stem, ".so", source.read_bytes(), *(parts or (_headers(),)), " ".join(flags),
                    _compiler_version())  # fmt: skip
-    if not path.exists():
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            built = Path(folder) / path.name
-            command = compiler() or ()
-            done = subprocess.run([*command, str(source), *flags, "-o", str(built)],
-                                  capture_output=True, text=True)  # fmt: skip
-            if done.returncode:
-                raise KernelError(
-                    f"{stem}: {' '.join(command)} failed on {source.name}; take "
-                    f"impl='reference'. The compiler said:\n{done.stderr[-2000:]}"
-                )
-            built.replace(path)
+    with _builds(path) as due:
+        if due:
+            _compile(stem, source, flags, path)
     return ctypes.CDLL(str(path))
+
+
+def _compile(stem: str, source: Path, flags: list[str], path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        built = Path(folder) / path.name
+        command = compiler() or ()
+        done = subprocess.run([*command, str(source), *flags, "-o", str(built)],
+                              capture_output=True, text=True)  # fmt: skip
+        if done.returncode:
+            raise KernelError(
+                f"{stem}: {' '.join(command)} failed on {source.name}; take "
+                f"impl='reference'. The compiler said:\n{done.stderr[-2000:]}"
+            )
+        built.replace(path)
 
 
 @functools.cache
@@ -202,22 +219,27 @@ def call_library(name: str) -> ctypes.CDLL | None:
     return _shared(f"{name}-call", source, flags, header.read_bytes(), torch.__version__)
 
 
-def build_all() -> dict[str, str]:
-    """Build all CPU kernels for ``current_isa()``, a core each; name -> why it failed."""
-    level = current_isa()
+def build_all(levels: Sequence[str] = ()) -> dict[str, str]:
+    """Build all CPU kernels for these levels, else ``current_isa()``, a core each.
 
-    def attempt(name: str) -> str | None:
+    name -> why it failed.
+    """
+
+    def attempt(what: tuple[str, str]) -> str | None:
         try:
-            _library(name, level)
-            call_library(name)
+            _library(*what)
+            call_library(what[0])
         except KernelError as error:
             return str(error)
         return None
 
-    names = sorted(source.parent.name for source in HERE.glob("*/cpu.cpp"))
+    sources = HERE.glob("*/cpu.cpp")
+    longest_first = sorted(sources, key=lambda source: source.stat().st_size, reverse=True)
+    names = [source.parent.name for source in longest_first]
+    wanted = [(name, level) for name in names for level in levels or (current_isa(),)]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as workers:
-        found = zip(names, workers.map(attempt, names), strict=True)
-        return {name: why for name, why in found if why is not None}
+        found = zip(wanted, workers.map(attempt, wanted), strict=True)
+        return {name: why for (name, _), why in found if why is not None}
 
 
 def cpu_address(name: str, symbol: str) -> int | None:
@@ -292,16 +314,17 @@ def cubin(name: str, arch: str) -> tuple[Path, str]:
     path = _cached(f"{name}-{arch}", ".cubin", source.read_bytes(), _headers(), repr(options),
                    repr(version))  # fmt: skip
     log_path = path.with_suffix(".log")
-    if not (path.exists() and log_path.exists()):
-        from io import StringIO
+    with _builds(path, log_path) as due:
+        if due:
+            from io import StringIO
 
-        log = StringIO()
-        program = Program(source.read_text(), "c++", ProgramOptions(**options))
-        code = program.compile("cubin", logs=log).code
-        log_path.write_text(log.getvalue())
-        part = path.with_suffix(f".{os.getpid()}.part")
-        part.write_bytes(code)
-        part.replace(path)
+            log = StringIO()
+            program = Program(source.read_text(), "c++", ProgramOptions(**options))
+            code = program.compile("cubin", logs=log).code
+            log_path.write_text(log.getvalue())
+            part = path.with_suffix(f".{os.getpid()}.part")
+            part.write_bytes(code)
+            part.replace(path)
     return path, log_path.read_text()
 
 
