@@ -3,7 +3,6 @@
 import importlib.metadata
 import subprocess
 import sys
-
 import time
 from concurrent.futures import ThreadPoolExecutor
 

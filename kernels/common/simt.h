@@ -1,5 +1,6 @@
-// Runs an unchanged CUDA kernel on the CPU: a thread of the operating system per CUDA thread, so
-// that ThreadSanitizer sees a missing barrier and AddressSanitizer an index out of range.
+// Runs an unchanged CUDA kernel on the CPU.  Under a sanitizer a CUDA thread is a thread of the
+// operating system, so that ThreadSanitizer sees a missing barrier and AddressSanitizer an index out
+// of range; else it is a coroutine, and a block of 256 costs no thread and no lock.
 // Include this, then the .cu file, then SIMT_ENTRY(kernel).
 // Blocks run one after another, the last first.  Not modelled: PTX, clusters, partial shuffle masks,
 // races between blocks; an asynchronous copy happens at once, and mma.cuh says in C++ what its
@@ -8,17 +9,13 @@
 #define SIMT_HOST
 #include <algorithm>
 #include <array>
-#include <chrono>
 #include <cmath>
-#include <condition_variable>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <memory>
-#include <mutex>
-#include <thread>
 #include <vector>
 #include <unistd.h>
 #include <cuda_bf16.h>  // the real types: they compute on the host too
@@ -29,40 +26,15 @@ namespace simt {
     std::fprintf(stderr, "simt: %s\n", why);
     _exit(70);
 }
-inline std::chrono::seconds patience() {
-    const char* text = std::getenv("SIMT_TIMEOUT");
-    return std::chrono::seconds(text ? std::atoi(text) : 20);
-}
+}  // namespace simt
 
-// Opens when every member waits.  A thread that returns from the kernel leaves, as on the device.
-class Barrier {
-    std::mutex mutex;
-    std::condition_variable opened;
-    int members, waiting = 0;
-    unsigned phase = 0;
-    void open() {
-        waiting = 0;
-        ++phase;
-        opened.notify_all();
-    }
+#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
+#include "simt_threads.h"
+#else
+#include "simt_fibers.h"
+#endif
 
-public:
-    explicit Barrier(int n) : members(n) {}
-    void wait() {
-        std::unique_lock lock(mutex);
-        const unsigned mine = phase;
-        if (++waiting == members) return open();
-        // wait_until on the system clock: g++ 12's TSan does not know the wait for steady clocks
-        const auto limit = std::chrono::system_clock::now() + patience();
-        if (!opened.wait_until(lock, limit, [&] { return phase != mine; }))
-            fail("a barrier that some threads never reach");
-    }
-    void leave() {
-        std::lock_guard lock(mutex);
-        if (--members == waiting && waiting) open();
-    }
-};
-
+namespace simt {
 struct Block {
     int size;
     Barrier all;
@@ -75,9 +47,10 @@ struct Block {
         for (int i = 0; i < n; i += 32) warps.emplace_back(std::min(32, n - i));
     }
 };
-inline thread_local Block* block;
+inline Block* block;  // of the launch that runs: one at a time in a process
+inline dim3 block_index, block_size, grid_size;
 inline thread_local int rank;
-inline thread_local dim3 thread_index, block_index, block_size, grid_size;
+inline thread_local dim3 thread_index;
 
 // Every lane shows `value`; then use(of), where of(lane) is what that lane of the warp shows.
 template <class T, class F> void together(const T& value, F use) {
@@ -107,22 +80,23 @@ template <class... A>  // arguments as cuLaunchKernel takes them: an array of th
 void launch(void (*kernel)(A...), dim3 grid, dim3 size, size_t shared, void** args) {
     for (unsigned at = grid.x * grid.y * grid.z; at--;) {
         Block here(int(size.x * size.y * size.z), shared);
-        std::vector<std::thread> threads;
-        for (int i = 0; i < here.size; ++i)
-            threads.emplace_back([&, i] {
-                block = &here;
+        block = &here;
+        block_size = size;
+        grid_size = grid;
+        block_index = dim3(at % grid.x, at / grid.x % grid.y, at / (grid.x * grid.y));
+        run_threads(
+            here.size,
+            [&](int i) {
                 rank = i;
-                block_size = size;
-                grid_size = grid;
                 thread_index = dim3(i % size.x, i / size.x % size.y, i / (size.x * size.y));
-                block_index = dim3(at % grid.x, at / grid.x % grid.y, at / (grid.x * grid.y));
+            },
+            [&](int i) {
                 [&]<size_t... I>(std::index_sequence<I...>) {
                     kernel(*static_cast<A*>(args[I])...);
                 }(std::index_sequence_for<A...>());
                 here.warps[i / 32].leave();
                 here.all.leave();
             });
-        for (auto& thread : threads) thread.join();
     }
 }
 }  // namespace simt

@@ -68,7 +68,7 @@ class Case:
                                 else a for a in args))  # fmt: skip
 
     def fits_shim(self, shape) -> bool:
-        """Small enough for a thread of the operating system per CUDA thread."""
+        """Small enough for CUDA threads that are coroutines, or threads under a sanitizer."""
         total = 1
         for n in shape:
             total *= n
