@@ -1,7 +1,7 @@
 """Running CUDA kernels on the CPU, compiling kernels for GPUs that are not here, and the record.
 
 ``host_shim`` puts ``kernels/common/simt.h`` under the CUDA implementations: their own binding code
-then computes on CPU tensors, block by block, a thread per CUDA thread.
+then computes on CPU tensors, block by block.
 """
 
 from __future__ import annotations
@@ -294,8 +294,19 @@ TYPES = {"fp32": "fp32", "bf16": "bf16", "fp16": "fp16"}
 AOT = """
 import json, sys
 from tests.kernel_tools import compile_triton
-print(json.dumps(compile_triton(*sys.argv[1:])))
+name, *archs = sys.argv[1:]
+print(json.dumps({arch: compile_triton(name, arch) for arch in archs}))
 """
+
+
+@functools.cache
+def compiled_triton(name: str, archs: tuple[str, ...]) -> dict[str, dict]:
+    """``compile_triton`` for each architecture, in a process of its own; raises with its errors."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", AOT, name, *archs], env=env, cwd=ROOT,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def mend_interpreter() -> None:

@@ -14,11 +14,7 @@ With ``--benchmark-only`` they are timed instead, at real shapes.
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -28,7 +24,6 @@ from kernels.op import OPS, unavailable
 from tests import kernel_tools
 from tests.inner import fresh_pytest
 from tests.kernel_cases import CASES, DTYPES, excess, outputs
-from tests.kernel_tools import ROOT
 
 if build.interpreting():
     kernel_tools.mend_interpreter()
@@ -313,11 +308,7 @@ WITH_TRITON = [name for name in CASES if (build.HERE / name / "triton.py").exist
 @pytest.mark.parametrize(("op", "arch"), declared(WITH_TRITON))
 def test_triton_compiles_within_its_limits(op, arch):
     pytest.importorskip("triton", reason="needs the package triton")
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", kernel_tools.AOT, op, arch], env=env, cwd=ROOT,
-                          capture_output=True, text=True)  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    built = json.loads(done.stdout.splitlines()[-1])
+    built = kernel_tools.compiled_triton(op, tuple(CASES[op].archs))[arch]
     kernel_tools.check_limits(built["version"], op, arch, built["usage"])
     wanted = CASES[op].mma.get(arch)
     for kernel, opcodes in built["opcodes"].items():
