@@ -2,12 +2,14 @@
 #pragma once
 #include "dot.h"
 
-// e^x for x <= 0 or NaN; 0 for -infinity.  To 2 units in the last place, or within 1e-4, an eighth of
-// the rounding of the bf16 that it becomes.  decay(0) is 1.  Minimax polynomials.
-template <bool ROUGH = false> inline f32v decay(f32v x) {
+// e^(x scale) for x <= 0 or NaN; 0 for -infinity.  To 2 units in the last place, or within 1e-4, an
+// eighth of the rounding of the bf16 that it becomes.  decay(0) is 1.  Minimax polynomials.
+template <bool ROUGH = false> inline f32v decay(f32v x, float scale = 1) {
 #if defined(__AVX512F__)
-    // 2^(whole + rest); the maximum keeps NaN (its second operand) and turns -infinity finite
-    const __m512 y = _mm512_max_ps(_mm512_set1_ps(-160.f), (__m512)(x * 1.44269504f));
+    // 2^(whole + rest); the maximum keeps NaN (its second operand) and turns -infinity finite.  A
+    // factor beyond the largest float would make NaN of 0.
+    const float bits = std::min(scale * 1.44269504f, 3.4e38f);
+    const __m512 y = _mm512_max_ps(_mm512_set1_ps(-160.f), (__m512)(x * bits));
     const __m512 whole = _mm512_roundscale_ps(y, 8);
     const f32v rest = (f32v)_mm512_sub_ps(y, whole);
     f32v p;
@@ -24,10 +26,10 @@ template <bool ROUGH = false> inline f32v decay(f32v x) {
     p = fma(p, rest, splat(1.f));
     return (f32v)_mm512_scalef_ps((__m512)p, whole);
 #else
-    return exponential(x);
+    return exponential(x * scale);
 #endif
 }
-inline float decay(float x) { return decay(splat(x))[0]; }
+inline float decay(float x, float scale = 1) { return decay(splat(x), scale)[0]; }
 
 inline float largest(f32v v) {  // of numbers, or of numbers and -infinity
 #if defined(__AVX512F__)
@@ -130,6 +132,8 @@ inline void tiles(const Word* a, int64_t a_stride, const Word* b, int64_t b_stri
     int64_t n = 0;
     for (; n + PANEL <= columns; n += PANEL)
         tile<F, VECS, KEEP>(a, a_stride, b + n, b_stride, words, c + n, c_stride, keep);
+    for (; n + 2 * LANES <= columns; n += 2 * LANES)
+        tile<F, 2, KEEP>(a, a_stride, b + n, b_stride, words, c + n, c_stride, keep);
     for (; n < columns; n += LANES)
         tile<F, 1, KEEP>(a, a_stride, b + n, b_stride, words, c + n, c_stride, keep);
 }

@@ -81,7 +81,7 @@ public:
                 if (most > n) most = n;
                 if (most <= 0) continue;
                 tiles<F, false>(query + r * words, words, packed_keys, KEYS, (D + P - 1) / P, score,
-                                KEYS, rounded(most, PANEL), nullptr);
+                                KEYS, rounded(most, 2 * LANES), nullptr);
                 float keep[TALL];
                 for (int i = 0; i < TALL; ++i)
                     keep[i] = soften(score + i * KEYS, most, seen(r + i) - s, scale, top[r + i],
@@ -133,13 +133,16 @@ private:
     static float soften(float* s, int64_t n, int64_t visible, float scale, float& top, f32v& total) {
         const int64_t end = rounded(n, 2 * LANES);
         for (int64_t i = visible < 0 ? 0 : visible; i < end; ++i) s[i] = -INFINITY;
-        f32v most = splat(top);
-        for (int64_t i = 0; i < end; i += LANES) most = larger(most, load(s + i));
-        const float now = largest(most), keep = decay((top - now) * scale);
+        f32v most = splat(top), other = most;
+        for (int64_t i = 0; i < end; i += 2 * LANES) {
+            most = larger(most, load(s + i));
+            other = larger(other, load(s + i + LANES));
+        }
+        const float now = largest(larger(most, other)), keep = decay(top - now, scale);
         f32v part = total * keep;
         for (int64_t i = 0; i < end; i += 2 * LANES) {
-            const f32v a = decay<P == 2>((load(s + i) - now) * scale);
-            const f32v b = decay<P == 2>((load(s + i + LANES) - now) * scale);
+            const f32v a = decay<P == 2>(load(s + i) - now, scale);
+            const f32v b = decay<P == 2>(load(s + i + LANES) - now, scale);
             part += a + b;
             if constexpr (P == 1) {
                 store(s + i, a);
