@@ -37,7 +37,13 @@ PROMPT_LOOKUP_K, DRAFT_K = 4, 3
 def _guesses_verified(engine: Engine, run) -> str:
     """The target really sees k + 1 tokens at once, and emits more than one a step."""
     widths: list[int] = []
-    hook = engine.model.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
+    lengths: list[int] = []  # of the caches: steps are compiled for one length
+
+    def look(_, args):
+        widths.append(args[0].shape[1])
+        lengths.extend(cache.max_len for cache in args[2:3] if hasattr(cache, "max_len"))
+
+    hook = engine.model.register_forward_pre_hook(look)
     drafter = getattr(engine.generate, "drafter", None)
     try:
         engine.stats.pop("drafted", None)
@@ -45,7 +51,9 @@ def _guesses_verified(engine: Engine, run) -> str:
         if not engine.stats.get("accepted"):  # a text that repeats itself, with room to agree
             if hasattr(drafter, "forget"):  # that guesses do not pay here is no reason not to look
                 drafter.forget()
-            engine.generate(torch.arange(8, device=engine.device).repeat(1, 8), 64)
+            length = max([32, *lengths])
+            text = torch.arange(8, device=engine.device).repeat(1, length // 16)
+            engine.generate(text, length - text.shape[1])
     finally:
         hook.remove()
     s = engine.stats
