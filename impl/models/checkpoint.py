@@ -184,7 +184,8 @@ def load_shipped(spec: ModelSpec, dtype: torch.dtype) -> nn.Module:
     state: dict[str, torch.Tensor] = {}
     for file in files:
         header(file)
-        state |= load_file(file)
+        # memory of our own: pages of a file are small ones for good
+        state |= {name: tensor.clone() for name, tensor in load_file(file).items()}
     return _from_pretrained(spec, None, dtype, state)
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels import build
+from kernels.huge_pages import to_huge_pages
 from kernels.linears import group_of, int4_checks
 from kernels.op import KernelError, expect
 
@@ -61,11 +62,12 @@ class DecodeStep:
             ``weight`` (N, K) int8, ``scale`` (N,); with ``dynamic_activations`` true the
             activations are quantized per token, to int8), or int4 (``packed`` and ``scale`` as
             ``int4_linear.quantize`` makes them, ``out_features``; not the embedding)
+    huge_pages  whether the weights' memory goes to pages of 2 MiB, where the kernel grants it
     Keys and values go to a ``KVCache``.  Activations are fp32 inside, whatever the weights.
     Raises ``KernelError`` for a mixture of experts, other dtypes, devices, caches.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, huge_pages: bool = True):
         config = self.config = model.config
         reason = build.lacks_compiler()
         expect(reason is None, f"decode_step: {reason}")
@@ -93,6 +95,7 @@ class DecodeStep:
             narrow=model.norm.weight.dtype == torch.bfloat16)  # fmt: skip
         expect(self.model.embed.kind in (FP32, BF16, INT8), "decode_step needs a plain embedding")
         self.decoder, self._space = model, torch.empty(0)
+        self.huge_bytes = to_huge_pages(self._keep) if huge_pages else 0
         # not kept alive: whoever lends caches must see when one is let go
         self._cache: Callable[[], object] = lambda: None
         self._tables(0)
