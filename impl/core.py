@@ -221,5 +221,5 @@ def constant_when_compiled(function: Callable) -> Callable:
     As ``torch.compiler.assume_constant_result``, which imports dynamo: a third of a second at each
     start of whoever compiles nothing.
     """
-    function._dynamo_marked_constant = True
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # dynamo looks for it
     return function

@@ -41,7 +41,8 @@ def int8_checks(name: str) -> Callable:
     def check(x, weight, scale, bias=None):
         expect(weight.dim() == 2 and weight.dtype == torch.int8, f"{name} needs an int8 weight "
                f"(N, K), not {weight.dtype} {tuple(weight.shape)}; see quantize")  # fmt: skip
-        expect_linear(name, x, *weight.shape, {"weight": weight}, {"scale": scale, "bias": bias})
+        n, k = weight.shape
+        expect_linear(name, x, n, k, {"weight": weight}, {"scale": scale, "bias": bias})
 
     return check
 
@@ -53,7 +54,8 @@ def fp8_checks(name: str) -> Callable:
         expect(weight.dim() == 2 and weight.dtype == torch.float8_e4m3fn, f"{name} needs a "
                f"float8_e4m3fn weight (N, K), not {weight.dtype} {tuple(weight.shape)}; see "
                "quantize")  # fmt: skip
-        expect_linear(name, x, *weight.shape, {"weight": weight}, {"scale": scale, "bias": bias})
+        n, k = weight.shape
+        expect_linear(name, x, n, k, {"weight": weight}, {"scale": scale, "bias": bias})
 
     return check
 

@@ -77,6 +77,6 @@ def repeat(arguments: Sequence[str], processes: int = PROCESSES) -> list[Run]:
         if log and not file.exists():
             raise ReportError(f"a process ended with status {status}, saved no run: {log} says why")
     runs = [saved(file, status) for file, status in zip(files, statuses, strict=True)]
-    for log in logs[1:]:
+    for log in filter(None, logs):
         log.unlink(missing_ok=True)
     return runs

@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -28,6 +28,9 @@ from tests import matrix
 from tests.kernel_cases import CASES, DTYPES, SPEEDS, Rival, Speed, excess, outputs
 from tests.plugins.ceilings import SMALLEST_DRAM, last_level_cache
 from tests.plugins.sampler import cold_cache
+
+if TYPE_CHECKING:
+    from tests.step_speed import StepCell
 
 MODEL = "kernel"  # the model of a kernel cell
 MOST_INPUTS = 16
@@ -306,7 +309,7 @@ def watched_symbols() -> Iterator[set[str]]:
         build.cpu_function = before
 
 
-def proof(cell: KernelCell, call: Callable[[], Any], told: list[str]) -> str:
+def proof(cell: KernelCell | StepCell, call: Callable[[], Any], told: list[str]) -> str:
     """What ran, and which peers there were; raises where the compiled code was not reached."""
     words = f"operator study::{cell.op}.{cell.impl}"
     if cell.impl == "cpu":

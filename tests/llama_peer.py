@@ -11,12 +11,13 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from impl.models.decoder import LeanDecoder
+from impl.models.decoder import LeanDecoder, RMSNorm
 
 BLOCK = 32  # numbers that share a scale in Q8_0 and Q4_0
 
@@ -41,8 +42,11 @@ def _blocks(scale: Tensor, q: Tensor) -> np.ndarray:
     return torch.cat((head, q.view(*scale.shape, -1)), -1).flatten(1).contiguous().numpy()
 
 
-def stored(module: nn.Module, order=lambda rows: rows):
-    """(array, GGUF's type) of a linear layer or a table, its rows in another order."""
+def stored(module: Any, order=lambda rows: rows):
+    """(array, GGUF's type) of a linear layer or a table, its rows in another order.
+
+    module  nn's own, or any that has ``weight`` and ``scale``, or ``packed``, as ours have
+    """
     from gguf import GGMLQuantizationType as Type
 
     if hasattr(module, "packed"):
@@ -87,7 +91,7 @@ def write(model: LeanDecoder, path: Path, rope_base: float) -> None:
         array, kind = stored(module, order)
         file.add_tensor(f"{name}.weight", array, raw_dtype=kind)
 
-    def norm(name: str, module: nn.Module) -> None:
+    def norm(name: str, module: RMSNorm) -> None:
         file.add_tensor(f"{name}.weight", module.weight.detach().float().numpy())
 
     def turned(rows: Tensor) -> Tensor:

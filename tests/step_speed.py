@@ -39,8 +39,10 @@ INPUTS = 4
 DYNAMIC_DB = 34.0
 PEER_DB = 30.0  # llama.cpp rounds activations to int8 where the weights are narrow
 ROPE_BASE = 1e4
-LAYER = {"vocab_size": 4096, "hidden_size": 2048, "intermediate_size": 8192, "num_heads": 32,
-         "num_kv_heads": 8, "head_dim": 64, "max_positions": 1024, "norm_eps": 1e-5}  # fmt: skip
+LAYER: dict[str, Any] = {
+    "vocab_size": 4096, "hidden_size": 2048, "intermediate_size": 8192, "num_heads": 32,
+    "num_kv_heads": 8, "head_dim": 64, "max_positions": 1024, "norm_eps": 1e-5,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ def near(cell: StepCell, got: torch.Tensor, wanted: torch.Tensor) -> None:
     assert found >= floor, f"{cell.id}: {found:.1f} dB from the decoder, not {floor:g}"
 
 
-def change(ids: torch.Tensor) -> Callable[[], None]:
+def change(ids: torch.Tensor) -> Callable[[], object]:
     """Another token in place; returns what undoes it."""
     before = ids.clone()
     ids.copy_((before + 1) % LAYER["vocab_size"])

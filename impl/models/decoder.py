@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -122,6 +123,8 @@ def _rope(hf, head_dim: int) -> tuple[tuple[float, ...], float, str]:
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, the mean in fp32."""
 
+    eps: Tensor
+
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
@@ -175,7 +178,7 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         q, k, v = (part.view(B, T, -1, self.head_dim) for part in self.project(x))
         v = v.transpose(1, 2)  # (B, Hkv, T, D)
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q = rotate(q, cos, sin).transpose(1, 2)  # (B, H, T, D)
         k = rotate(k, cos, sin).transpose(1, 2)  # (B, Hkv, T, D)
@@ -263,6 +266,10 @@ class LeanDecoder(nn.Module):
     # greedy_run(token (B, 1), position, count, cache, on_token) -> (B, count): plain steps in one
     # call, where a technique has made one of them
     greedy_run = None
+
+    layers: Any  # an nn.ModuleList, whose type forgets what it holds: DecoderLayer or the like
+    cos: Tensor
+    sin: Tensor
 
     def __init__(self, config: DecoderConfig):
         super().__init__()

@@ -22,11 +22,11 @@ def causal_mask(T: int, S: int, window: int | None, like: Tensor) -> Tensor | No
     None where scaled_dot_product_attention needs none: one query that sees all keys, or as many
     queries as keys (plain causal attention).
     """
-    narrow = window is not None and window < S
-    if not narrow and T in (1, S):
+    window = S if window is None else window
+    if window >= S and T in (1, S):
         return None
     visible = torch.ones(T, S, dtype=torch.bool, device=like.device).tril(S - T)
-    if narrow:
+    if window < S:
         visible = visible.triu(S - T - window + 1)
     return torch.zeros(T, S, dtype=like.dtype, device=like.device).masked_fill(~visible, -torch.inf)
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from impl.core import Engine, NotEngaged, constant_when_compiled, technique
 from impl.fidelity import budget
 
 from .int8 import expect_operator, quantize_modules, takes, values, zeroed
-from .layers import Int8Conv2d, Int8Weight
+from .layers import Float, Int8Conv2d, Int8Weight
 from .numerics import NEAR_TIE
 
 HARDWARE = (8, 9)  # compute capability from which tensor cores multiply e4m3
@@ -20,8 +20,10 @@ HARDWARE = (8, 9)  # compute capability from which tensor cores multiply e4m3
 class Fp8Weight(Int8Weight):
     """``weight`` (N, K) e4m3, ``scale`` and ``bias`` (or None) (N,) fp32."""
 
+    dtype: torch.dtype  # of the float module, which an embedding gives
+
     @classmethod
-    def from_float(cls, module: nn.Module, packed: tuple[Tensor, Tensor] | None = None):
+    def from_float(cls, module: Float, packed: tuple[Tensor, Tensor] | None = None):
         from kernels.fp8_linear import quantize
 
         made = cls(*(packed or quantize(module.weight.detach())), getattr(module, "bias", None))

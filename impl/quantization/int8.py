@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -70,7 +71,7 @@ def int8_modules(engine: Engine) -> list[Int8Weight]:
 
 
 @contextlib.contextmanager
-def zeroed(modules: list[Int8Weight]):
+def zeroed(modules: Sequence[Int8Weight]):
     """The int8 weights are zero inside, and what they were after."""
     kept = [m.weight.clone() for m in modules]
     try:
@@ -115,8 +116,12 @@ class _Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def operators_of(module: nn.Module, engine: Engine) -> set[str]:
-    """The operators, such as ``study::w8a8_linear.cpu``, that the layer runs for three tokens."""
+def operators_of(module: Any, engine: Engine) -> set[str]:
+    """The operators, such as ``study::w8a8_linear.cpu``, that the layer runs for three tokens.
+
+    module  a convolution in int8, or a layer that has ``in_features``
+    """
+    shape: tuple[int, ...]
     if isinstance(module, Int8DynamicConv2d):
         shape = (1, module.weight.shape[1] // (module.kernel[0] * module.kernel[1]), 9, 9)
     else:

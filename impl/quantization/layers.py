@@ -11,6 +11,7 @@ from .numerics import int8_matmul, product_by_digits, quantize_per_channel, quan
 MANY_TOKENS = 64  # from here on arithmetic decides, and widening the weights costs little
 FEW_TOKENS = 4  # up to here reading the weights takes longer than the arithmetic
 FUSED_TOKENS = 8  # up to here a compiled step is as fast with products that it fuses or chooses
+Float = nn.Linear | nn.Embedding | nn.Conv2d  # what is quantized
 PACK_MULTIPLE = 64  # torch._weight_int8pack_mm reads past the end of rows of other lengths
 
 
@@ -31,7 +32,7 @@ class Int8Weight(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach().float())
 
     @classmethod
-    def from_float(cls, module: nn.Module, packed: tuple[Tensor, Tensor] | None = None):
+    def from_float(cls, module: Float, packed: tuple[Tensor, Tensor] | None = None):
         """The int8 module of a float one; ``packed`` (weight, scale) when already known."""
         weight, scale = packed or quantize_per_channel(module.weight, torch.float32)
         return cls(weight, scale, getattr(module, "bias", None))
@@ -49,7 +50,7 @@ class Int8Embedding(Int8Weight):
     dtype: torch.dtype
 
     @classmethod
-    def from_float(cls, module: nn.Module, packed: tuple[Tensor, Tensor] | None = None):
+    def from_float(cls, module: Float, packed: tuple[Tensor, Tensor] | None = None):
         table = super().from_float(module, packed)
         table.dtype = module.weight.dtype
         return table
@@ -150,12 +151,13 @@ class Int8DynamicLinear(Int8Linear):
 class Int8Conv2d(Int8Weight):
     """conv(x, weight) * scale + bias: weights int8, arithmetic in the dtype of x (B, C, H, W)."""
 
+    kernel: tuple[int, int]
     stride: tuple[int, int]
     padding: tuple[int, int]
     dilation: tuple[int, int]
 
     @classmethod
-    def from_float(cls, module: nn.Conv2d, packed: tuple[Tensor, Tensor] | None = None):
+    def from_float(cls, module: Float, packed: tuple[Tensor, Tensor] | None = None):
         conv = super().from_float(module, packed)
         conv.stride, conv.padding = module.stride, module.padding
         conv.dilation = module.dilation
@@ -186,7 +188,7 @@ class Int8DynamicConv2d(Int8Conv2d):
     """
 
     @classmethod
-    def from_float(cls, module: nn.Conv2d, packed: tuple[Tensor, Tensor] | None = None):
+    def from_float(cls, module: Float, packed: tuple[Tensor, Tensor] | None = None):
         conv = super().from_float(module, packed)
         conv.kernel = tuple(conv.weight.shape[2:])
         # (N, C, h, w) -> (N, h w C), the order of a window with channels last

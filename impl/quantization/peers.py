@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from .numerics import NEAR_TIE
 BLOCK = (32, 64)  # bitsandbytes packs four-bit weights for the CPU in blocks of rows and columns
 
 
-def _linears(model: nn.Module, block: tuple[int, int] = (1, 1)) -> list[tuple[str, nn.Module]]:
+def _linears(model: nn.Module, block: tuple[int, int] = (1, 1)) -> list[tuple[str, nn.Linear]]:
     """Names and linear layers that are whole blocks (outputs, inputs); routers are left alone."""
     rows, columns = block
     return [(n, m) for n, m in model.named_modules()
@@ -128,7 +129,7 @@ def _torchao_weights(engine: Engine, run: Callable) -> str:
     foreign = [n for n, m in linears if not type(m.weight).__module__.startswith("torchao")]
     if foreign or not linears:
         raise NotEngaged(f"{len(foreign)} of {len(linears)} weights are not torchao's")
-    weight = linears[0][1].weight
+    weight: Any = linears[0][1].weight  # a tensor subclass
     inner = {n: getattr(weight, n) for n in weight.__tensor_flatten__()[0]}
     if not any(t.dtype == torch.int8 for t in inner.values()):
         raise NotEngaged(f"{type(weight).__name__} holds {[str(t.dtype) for t in inner.values()]}")

@@ -13,14 +13,18 @@ import ctypes
 import weakref
 from collections.abc import Callable
 from ctypes import POINTER, Structure, c_double, c_int, c_int64, c_void_p
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kernels import build
 from kernels.huge_pages import to_huge_pages
 from kernels.linears import group_of, int4_checks
 from kernels.op import KernelError, expect
+
+if TYPE_CHECKING:
+    from impl.models.decoder import LeanDecoder, RMSNorm
 
 FP32, BF16, INT8, INT8_DYNAMIC, INT4 = range(5)
 
@@ -67,7 +71,7 @@ class DecodeStep:
     Raises ``KernelError`` for a mixture of experts, other dtypes, devices, caches.
     """
 
-    def __init__(self, model: nn.Module, huge_pages: bool = True):
+    def __init__(self, model: LeanDecoder, huge_pages: bool = True):
         config = self.config = model.config
         reason = build.lacks_compiler()
         expect(reason is None, f"decode_step: {reason}")
@@ -106,10 +110,10 @@ class DecodeStep:
         self._keep.append(t)
         return t.data_ptr()
 
-    def _norm(self, norm: nn.Module | None) -> int | None:
+    def _norm(self, norm: RMSNorm | None) -> int | None:
         return None if norm is None else self._pointer(norm.weight, torch.float32)
 
-    def _int4(self, module: nn.Module) -> _Linear:
+    def _int4(self, module: Any) -> _Linear:
         packed, scale, n = module.packed, module.scale, module.out_features
         expect(not getattr(module, "dynamic_activations", False), "decode_step multiplies int4 "
                "weights with activations in fp32; take int4_weight_only_g32")  # fmt: skip
@@ -120,7 +124,7 @@ class DecodeStep:
                        None if bias is None else self._pointer(bias, torch.float32), None,
                        n, x.shape[1], INT4, group_of(packed, scale))  # fmt: skip
 
-    def _linear(self, module: nn.Module) -> _Linear:
+    def _linear(self, module: Any) -> _Linear:
         if hasattr(module, "packed"):
             return self._int4(module)
         weight = module.weight.detach()
@@ -265,7 +269,7 @@ class DecodeStep:
         expect(all(t.dtype == torch.int64 and t.dim() == 1 for t in given) and
                ids.shape == positions.shape == starts.shape, "decode_step.packed needs int64 ids, "
                "positions and starts of one length, and int64 columns")  # fmt: skip
-        given = ids, positions, starts = tuple(t.contiguous() for t in given[:3])
+        tokens = [t.contiguous() for t in (ids, positions, starts)]
         ends = columns.tolist()
         expect(
             ends == sorted(ends) and all(0 <= e < len(ids) for e in ends),
@@ -273,11 +277,11 @@ class DecodeStep:
         )
         logits, done = torch.empty(len(ends), self.model.vocab), 0
         for at in range(0, len(ids), MOST_ROWS):  # later tokens find earlier ones in the cache
-            tokens, where, begin = (t[at : at + MOST_ROWS] for t in given)
+            some, where, begin = (t[at : at + MOST_ROWS] for t in tokens)
             here = torch.tensor([e - at for e in ends[done:] if e < at + MOST_ROWS])
             packed = _Packed(begin.data_ptr(), here.data_ptr(), len(here))
-            call = self.raw(len(tokens), 1, 1, packed)
-            call(tokens.data_ptr(), where.data_ptr(), logits[done:].data_ptr(), 0)
+            call = self.raw(len(some), 1, 1, packed)
+            call(some.data_ptr(), where.data_ptr(), logits[done:].data_ptr(), 0)
             done += len(here)
         return logits
 

@@ -66,17 +66,19 @@ def quantize(weight: torch.Tensor, group: int = 32) -> tuple[torch.Tensor, torch
     low, high = rows.amin(-1, keepdim=True), rows.amax(-1, keepdim=True)
     extreme = torch.where(high > -low, high, low) / -8
     extreme = torch.where(extreme != 0, extreme, 1.0)
-    best, least, chosen = None, None, None
-    for factor in (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, -1.0, -0.96, -0.92, -0.88, 1.06, 1.12):
+
+    def rounded(factor: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         scale = (extreme * factor).to(torch.bfloat16)
         scale = torch.where(scale != 0, scale, 1.0)
         q = (rows / scale.float()).round_().clamp_(-8, 7)
         error = (q * scale.float() - rows).square_().sum(-1, keepdim=True)
-        if best is None:
-            best, least, chosen = q.to(torch.int8), error, scale
-            continue
+        return q.to(torch.int8), error, scale
+
+    best, least, chosen = rounded(1.0)
+    for factor in (0.96, 0.92, 0.88, 0.84, 0.8, -1.0, -0.96, -0.92, -0.88, 1.06, 1.12):
+        q, error, scale = rounded(factor)
         better = error < least
-        best = torch.where(better, q.to(torch.int8), best)
+        best = torch.where(better, q, best)
         least, chosen = torch.where(better, error, least), torch.where(better, scale, chosen)
     return pack(best.flatten(1)[:n]), _side_by_side(chosen)
 

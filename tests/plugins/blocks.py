@@ -68,7 +68,8 @@ def _block(
     for _ in range(2):  # the first builds the engine
         call(inputs[0])
     watch.synchronize()
-    share, start, marks = limits.seconds / FEWEST_PAIRS / 4, time.perf_counter(), []
+    share, start = limits.seconds / FEWEST_PAIRS / 4, time.perf_counter()
+    marks: list[Any] = []
     with no_collection():
         before = yardstick()
         while len(marks) < 2 or (len(marks) < CHUNK and time.perf_counter() - start < share):

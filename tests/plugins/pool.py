@@ -7,6 +7,7 @@ import copy
 import gc
 import time
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,8 @@ class Recalled:
 
     def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: str, batch: int, recall):
         self.spec, self.dtype, self.device, self.batch = spec, dtype, torch.device(device), batch
-        self.recall, self.stats = recall, {}
+        self.recall = recall
+        self.stats: dict[str, Any] = {}
 
     def _engine(self) -> Engine:
         engine = self.recall()
@@ -150,7 +152,7 @@ class Pool:
             build = self._get(key, techniques, cell)
             engine = Recalled(spec, DTYPES[precision], self.device, cell.batch,
                               lambda: self._get(key, techniques, cell).engine)  # fmt: skip
-            self._recalled[key] = Built(engine, build.load_s)
+            self._recalled[key] = Built(cast(Engine, engine), build.load_s)  # it has its members
         return self._recalled[key]
 
     def _get(self, key: tuple, techniques, cell: Cell) -> Built:

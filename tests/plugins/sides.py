@@ -190,7 +190,7 @@ class Study:
         }
 
 
-def company_of(item: pytest.Item, cell: Cell, pool: Pool) -> dict[str, Cell]:
+def company_of(item: pytest.Function, cell: Cell, pool: Pool) -> dict[str, Cell]:
     """The cells of this table that are still to come, by test; none where models are large."""
     session = item.config.stash.get(STUDY, None)
     if session is None or pool.one_at_a_time:
@@ -202,7 +202,8 @@ def company_of(item: pytest.Item, cell: Cell, pool: Pool) -> dict[str, Cell]:
     return {
         it.nodeid: other
         for it in item.session.items
-        if it.nodeid in session.budget.plans and it.originalname == item.originalname
+        if it.nodeid in session.budget.plans
+        and getattr(it, "originalname", None) == item.originalname
         and (other := cell_of(it)) is not None and other.workload == cell.workload
         and comes_late(other, both) == late
     }  # fmt: skip

@@ -21,7 +21,10 @@ class Turns:
 
     def __init__(self, ends: str | None = None):
         self.waited = 0.0
-        self._go, self._done = map(int, ends.split(",")) if ends else (None, None)
+        self._go: int | None = None
+        self._done: int | None = None
+        if ends:
+            self._go, self._done = map(int, ends.split(","))
         for end in (self._go, self._done):
             if end is not None:
                 os.set_inheritable(end, False)
