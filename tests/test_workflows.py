@@ -62,6 +62,17 @@ def test_there_are_a_cpu_a_gpu_and_a_comment_workflow():
     assert all(jobs(path) for path in WORKFLOWS)
 
 
+def test_every_push_is_linted():
+    cpu = ROOT / ".github/workflows/cpu.yml"
+    on = yaml.safe_load(cpu.read_text(encoding="utf-8"))[True]  # YAML's reading of `on`
+    assert {"push", "pull_request"} <= on.keys()
+    assert ["make", "lint"] in list(commands(cpu))
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    recipe = re.search(r"^lint:.*\n((?:\t.*\n)+)", makefile, flags=re.M)[1]
+    for tool in ("ruff check .", "ruff format --check .", "mypy"):
+        assert f"$(BIN)/{tool}\n" in recipe
+
+
 def test_every_make_target_exists():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z]+):", makefile, flags=re.M))
