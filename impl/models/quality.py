@@ -5,7 +5,7 @@ Classifiers  accuracy on the held-out digits, or on the user's images; agreement
 Encoders     cosine to the reference's embeddings, retrieval of a pydoc topic by its title
 
 Each is a paired difference, so its standard error is that of the difference, not of the metric.
-All forwards of a model have one shape, so that a compiled model compiles once for them.
+All forwards of a metric have one shape, so that a compiled model compiles once for them.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from .images import labelled_images
 
 CONTEXT = 256  # tokens of one row of held-out text; two rows make a forward
 ROWS = 2
+COMPLETION_CONTEXT, COMPLETION_ROWS = 128, 4  # half the tokens before a name: half the time
 P_THRESHOLD = 1e-4  # same_distribution: a correct sampler fails one test in ten thousand
 
 # profile -> tokens of text, completions, images, topics; None: all there are
@@ -140,12 +141,13 @@ def _decoder(engine: Engine, reference: Engine, size) -> list[dict]:
 
 
 def _completion(engine: Engine, reference: Engine, count: int) -> dict:
-    task = data.completion_task(count, CONTEXT)
+    task = data.completion_task(count, COMPLETION_CONTEXT)
     source = digest(task.ids, task.answer)
 
     def right(run: Engine) -> Tensor:
         rows = []
-        for ids, answer in zip(task.ids.split(ROWS), task.answer.split(ROWS), strict=True):
+        parts = (rows.split(COMPLETION_ROWS) for rows in (task.ids, task.answer))
+        for ids, answer in zip(*parts, strict=True):
             guess = run.forward(ids.to(run.device))[:, :-1].argmax(-1).cpu()
             rows.append(((guess == ids[:, 1:]) | ~answer[:, 1:]).all(-1))
         return torch.cat(rows).double()
