@@ -82,6 +82,15 @@ def test_no_key_after_a_query_is_seen(dtype):
     assert not torch.equal(before[:, :, 150:], after[:, :, 150:])
 
 
+@pytest.mark.parametrize("level", build.isas())
+def test_a_scale_near_the_largest_float_takes_the_value_of_the_best_key(level):
+    q, k, v = (random(1, 1, 40, 16, seed=i) for i in range(3))
+    best = (q @ k.mT)[0, 0].argmax(-1)
+    with build.isa(level):
+        got = flash_attention(q, k, v, causal=False, scale=3e38, impl="cpu")
+    assert torch.equal(got[0, 0], v[0, 0, best])
+
+
 def test_heads_may_be_a_view_of_a_projection():
     x = random(2, 50, 4 * 3 * 16)  # (B, T, H * 3 * D): q, k and v of a head side by side
     q, k, v = x.view(2, 50, 4, 3, 16).permute(3, 0, 2, 1, 4)
