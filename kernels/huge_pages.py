@@ -16,10 +16,7 @@ from pathlib import Path
 from torch import Tensor
 
 SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
-HUGEPAGE, COLLAPSE = (
-    14,
-    25,
-)  # of madvise: by and by, where the machine has time; at once (Linux 6.1)
+COLLAPSE = 25  # of madvise, since Linux 6.1: now, not by and by
 
 
 def page_bytes() -> int:
