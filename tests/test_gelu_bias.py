@@ -7,11 +7,11 @@ import torch
 from torch.nn.functional import gelu
 
 from kernels import build
-from tests import kernel_tools
+from tests import kernel_tools, triton_tools
 from tests.kernel_cases import CASES, DTYPES, excess, outputs
 
 if build.interpreting():
-    kernel_tools.mend_interpreter()
+    triton_tools.mend_interpreter()
 
 ROUTES = ["reference", *build.ISA_LEVELS, "cuda_on_host", "triton"]
 FORMS = ["none", "tanh"]

@@ -21,12 +21,12 @@ import torch
 
 from kernels import build
 from kernels.op import OPS, unavailable
-from tests import kernel_tools
+from tests import kernel_tools, triton_tools
 from tests.inner import fresh_pytest
 from tests.kernel_cases import CASES, DTYPES, excess, outputs
 
 if build.interpreting():
-    kernel_tools.mend_interpreter()
+    triton_tools.mend_interpreter()
 
 CPU_ROUTES = ["cpu", "cpu_avx512_vnni", "cpu_avx2", "cpu_plain"]
 ROUTES = [*CPU_ROUTES, "triton", "cuda", "cuda_on_host"]
@@ -308,7 +308,7 @@ WITH_TRITON = [name for name in CASES if (build.HERE / name / "triton.py").exist
 @pytest.mark.parametrize(("op", "arch"), declared(WITH_TRITON))
 def test_triton_compiles_within_its_limits(op, arch):
     pytest.importorskip("triton", reason="needs the package triton")
-    built = kernel_tools.compiled_triton(op, tuple(CASES[op].archs))[arch]
+    built = triton_tools.compiled_elsewhere(op, tuple(CASES[op].archs))[arch]
     kernel_tools.check_limits(built["version"], op, arch, built["usage"])
     wanted = CASES[op].mma.get(arch)
     for kernel, opcodes in built["opcodes"].items():
