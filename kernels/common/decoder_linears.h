@@ -54,10 +54,7 @@ static void step_linear(const Linear& l, const Rows& x, int64_t n0, int64_t n1, 
     case BF16: return run(DotHalves(), x.wide, (const bf16*)l.w, put);
 #if defined(__AVX512VNNI__)
     case INT4:
-        return int4_digits_rows(x.bytes, x.stride, x.M, int4, n0, n1, [&](int64_t n, int64_t m,
-                                                                          float v) {
-            put(n, m, v * x.scale[m]);
-        });
+        return int4_digits_rows<3>(x.bytes, x.stride, x.M, int4, n0, n1, put);
     case INT8:
         return run(DotBytes(), x.bytes, (const int8_t*)l.w, [&](int64_t n, int64_t m, double v) {
             scaled(n, m, DotBytes::value(v, l.sums[n], x.scale[m]));

@@ -10,11 +10,12 @@
 constexpr int SIDE = 16;                // outputs side by side
 constexpr int PARTS = SIDE / LANES;     // vectors that hold them
 // Dwords from here to what is fetched into the second-level cache, where more lines may be under way
-// than into the first: of 47 GB/s that a plain read took, 42, where half as far into the first took 31.
-constexpr int64_t FAR = 32 * SIDE;
+// than into the first: of what a plain read takes, 0.97, twice as far 0.83, four times 0.79, and into
+// the first 0.73.
+constexpr int64_t FAR = 16 * SIDE;
 constexpr int MOST_TILE = LANES == 16 ? 8 : 2;  // rows of x that meet a weight in registers
-// Blocks of 16 outputs read side by side for M rows of x, as the registers allow: four streams keep
-// a core's memory busy (of the bandwidth that one stream has, one block took 0.8, four took 1).
+// Blocks of 16 outputs that are read together for M rows of x, as the registers allow: four streams
+// keep a core's memory busy (of the bandwidth that one stream has, one block took 0.8, four took 1).
 constexpr int blocks_at_once(int64_t M) {
     return LANES == 16 ? (M <= 2 ? 4 : M <= 7 ? 2 : 1) : LANES == 8 && M == 1 ? 2 : 1;
 }
@@ -30,11 +31,6 @@ struct Int4 {
     int64_t k, group;
     const uint32_t* block(int64_t b) const { return packed + b * k * (SIDE / 8); }
     const bf16* scales(int64_t b) const { return scale + b * (k / group) * SIDE; }
-    // What to fetch at p, in block b of a tile of `blocks`: past the block's end each stream goes on
-    // in the next tile, not in its neighbour.
-    const uint32_t* ahead(const uint32_t* p, int64_t b, int blocks) const {
-        return p + FAR + (p + FAR < block(b + 1) ? 0 : (blocks - 1) * (block(1) - packed));
-    }
 };
 
 // How weights of eight inputs meet them: `weights` widens step i of a lane's nibbles.
@@ -84,21 +80,20 @@ struct Int4Bf16 {  // products of pairs, exact, added in fp32
 };
 #endif
 
-// out[r][m][i] = x row m . (scale * q) row 16 (b + r) + i, for M rows of x and R blocks.
+// out[r][m][i] = x row m . (scale * q) row 16 (b + r far) + i, for M rows of x and R blocks.
 template <class D, int M, int R>
 inline void int4_tile(const typename D::X* x, int64_t x_stride, const Int4& w, int64_t b,
-                      float out[R][M][SIDE]) {
+                      int64_t far, float out[R][M][SIDE]) {
     f32v total[R][PARTS][M] = {};
     const uint32_t* p = w.block(b);
     const bf16* scale = w.scales(b);
-    const int64_t next = w.block(1) - w.packed, next_scale = w.scales(1) - w.scale;
+    const int64_t next = w.block(far) - w.packed, next_scale = w.scales(far) - w.scale;
     int64_t left = w.group;
     for (int64_t k = 0; k < w.k; k += 32) {
         f32v acc[R][PARTS][M][2] = {};  // two chains hide what an addition takes
         for (int64_t i = k; i < k + 32; i += 8, p += SIDE) {
-            const uint32_t* ahead = w.ahead(p, b, R);
             unrolled<R>([&](auto r) INLINED {
-                __builtin_prefetch(ahead + r * next, 0, 2);
+                __builtin_prefetch(p + r * next + FAR, 0, 2);
                 unrolled<PARTS>([&](auto part) INLINED {
                     const u32v v = load_as<u32v>(p + r * next + part * LANES);
                     unrolled<D::STEPS>([&](auto j) INLINED {
@@ -129,28 +124,32 @@ inline void int4_tile(const typename D::X* x, int64_t x_stride, const Int4& w, i
 }
 
 // done(n, m, value) for outputs n0 <= n < n1 and M rows; tile(rows, blocks, first row, first block,
-// out) computes out[blocks][rows][16], its first two arguments constants, which `Fit` chooses.
+// far, out) computes out[blocks][rows][16], its first two arguments constants, which `Fit` chooses,
+// of blocks `far` from one another: each is one of as many streams through the weights.
 template <class Fit = Widened, class Tile, class Done>
 inline void in_tiles(int64_t M, int64_t n0, int64_t n1, Tile tile, Done done) {
-    const int64_t end = (n1 + SIDE - 1) / SIDE, step = Fit::blocks(M);
-    for (int64_t b0 = n0 / SIDE; b0 < end; b0 += step) {
-        const int64_t b1 = std::min(b0 + step, end);
-        const auto one = [&](auto rows, auto blocks, int64_t m0, int64_t b) {
-            float out[blocks][rows][SIDE];
-            tile(rows, blocks, m0, b, out);
-            for (int r = 0; r < blocks; ++r) {
-                const int64_t first = (b + r) * SIDE, to = std::min(n1, first + SIDE);
-                for (int m = 0; m < rows; ++m)
-                    for (int64_t n = std::max(n0, first); n < to; ++n)
-                        done(n, m0 + m, out[r][m][n - first]);
-            }
-        };
+    const int64_t first = n0 / SIDE, end = (n1 + SIDE - 1) / SIDE;
+    const int64_t streams = Fit::blocks(M), far = (end - first) / streams;
+    const auto block = [&](auto rows, auto blocks, int64_t m0, int64_t b) {
+        float out[blocks][rows][SIDE];
+        tile(rows, blocks, m0, b, far, out);
+        for (int r = 0; r < blocks; ++r) {
+            const int64_t from = (b + r * far) * SIDE, to = std::min(n1, from + SIDE);
+            for (int m = 0; m < rows; ++m)
+                for (int64_t n = std::max(n0, from); n < to; ++n)
+                    done(n, m0 + m, out[r][m][n - from]);
+        }
+    };
+    for (int64_t b = first; b < end; b = b + 1 == first + far ? first + streams * far : b + 1) {
+        const bool last = b >= first + streams * far;  // what the streams leave
         const auto run = [&](auto rows, int64_t m0) {
             constexpr int R = Fit::blocks(rows);
-            int64_t b = b0;
-            for (; b + R <= b1; b += R) one(rows, std::integral_constant<int, R>(), m0, b);
-            if constexpr (R > 1)
-                for (; b < b1; ++b) one(rows, std::integral_constant<int, 1>(), m0, b);
+            if (last) return block(rows, std::integral_constant<int, 1>(), m0, b);
+            unrolled<3>([&](auto i) INLINED {  // as many as M allows, not these rows alone
+                constexpr int count = 1 << i;
+                if constexpr (count <= R)
+                    if (streams == count) block(rows, std::integral_constant<int, count>(), m0, b);
+            });
         };
         int64_t m = 0;
         for (; m + Fit::MOST <= M; m += Fit::MOST) run(std::integral_constant<int, Fit::MOST>(), m);
@@ -167,9 +166,12 @@ inline void in_tiles(int64_t M, int64_t n0, int64_t n1, Tile tile, Done done) {
 template <class D, class Done>
 inline void int4_rows(const typename D::X* x, int64_t x_stride, int64_t M, const Int4& w,
                       int64_t n0, int64_t n1, Done done) {
-    in_tiles(M, n0, n1, [&](auto rows, auto blocks, int64_t m0, int64_t b, auto& out) {
-        int4_tile<D, rows, blocks>(x + m0 * x_stride, x_stride, w, b, out);
-    }, done);
+    in_tiles(
+        M, n0, n1,
+        [&](auto rows, auto blocks, int64_t m0, int64_t b, int64_t far, auto& out) {
+            int4_tile<D, rows, blocks>(x + m0 * x_stride, x_stride, w, b, far, out);
+        },
+        done);
 }
 
 // ---- activations in int8 ----------------------------------------------------------------------
@@ -238,12 +240,12 @@ inline i32v add_products(i32v acc, u32v w, int32_t x) {
 
 // out[r][m][i] = sum over groups of (q . int8(x)) * scale_x * scale, for M quantized rows from m0 on.
 template <int M, int R>
-inline void int4_a8_tile(const Int8Rows& x, int64_t m0, const Int4& w, int64_t b,
+inline void int4_a8_tile(const Int8Rows& x, int64_t m0, const Int4& w, int64_t b, int64_t far,
                          float out[R][M][SIDE]) {
     f32v total[R][PARTS][M] = {};
     const uint32_t* p = w.block(b);
     const bf16* scale = w.scales(b);
-    const int64_t next = w.block(1) - w.packed, next_scale = w.scales(1) - w.scale;
+    const int64_t next = w.block(far) - w.packed, next_scale = w.scales(far) - w.scale;
     const int8_t* bytes = x.bytes + m0 * x.stride;
     const float* scale_x = x.scale + m0 * x.groups;
     const int32_t* shift = x.shift + m0 * x.groups;
@@ -254,9 +256,8 @@ inline void int4_a8_tile(const Int8Rows& x, int64_t m0, const Int4& w, int64_t b
             acc[r][part][m] = i32v{} + shift[m * x.groups + g];
         });
         for (const int8_t* end = bytes + w.group; bytes < end; bytes += 8, p += SIDE) {
-            const uint32_t* ahead = w.ahead(p, b, R);
             unrolled<R>([&](auto r) INLINED {
-                __builtin_prefetch(ahead + r * next, 0, 2);
+                __builtin_prefetch(p + r * next + FAR, 0, 2);
                 unrolled<PARTS>([&](auto part) INLINED {
                     const u32v v = load_as<u32v>(p + r * next + part * LANES);
                     const u32v low = v & 0x0f0f0f0f, high = v >> 4 & 0x0f0f0f0f;
@@ -290,7 +291,10 @@ inline void int4_a8_tile(const Int8Rows& x, int64_t m0, const Int4& w, int64_t b
 template <class Done>
 inline void int4_a8_rows(const Int8Rows& x, int64_t M, const Int4& w, int64_t n0, int64_t n1,
                          Done done) {
-    in_tiles(M, n0, n1, [&](auto rows, auto blocks, int64_t m0, int64_t b, auto& out) {
-        int4_a8_tile<rows, blocks>(x, m0, w, b, out);
-    }, done);
+    in_tiles(
+        M, n0, n1,
+        [&](auto rows, auto blocks, int64_t m0, int64_t b, int64_t far, auto& out) {
+            int4_a8_tile<rows, blocks>(x, m0, w, b, far, out);
+        },
+        done);
 }

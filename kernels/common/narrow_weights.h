@@ -129,4 +129,104 @@ inline void split_bytes(const float* from, int64_t K, uint8_t* to, float* scale,
             _mm_storeu_si128((__m128i*)(at + 2 * plane), _mm512_cvtepi32_epi8(n));
         }
 }
+
+// The same without a sum of the weights: x = scale * n, n in signed bytes, two or three; weights as
+// w + 128, a bit turned on the way, so that what a sum is too large depends on the row of x alone.
+// A row of x stands in blocks of 64, upper bytes first, and ends in what `Ending` says.
+template <int DIGITS> struct DotDigits : Plain {
+    struct Vector {
+        __m512i digit[DIGITS];
+    };
+    struct Sum {
+        i32v digit[DIGITS];
+    };
+    using Total = int64_t;  // the sum of n (w + 128), exact
+    using X = uint8_t;
+    static constexpr int STEP = 64, PLANES = DIGITS, MOST = DIGITS == 3 ? 2 : 3;
+    static constexpr int WIDEN_ONCE = 1 << 30;
+    static constexpr bool PADDED = true;
+    static Vector widen(const uint8_t* x) {
+        Vector v;
+        unrolled<DIGITS>([&](auto d) INLINED { v.digit[d] = load_as<__m512i>(x + 64 * d); });
+        return v;
+    }
+    static __m512i widen(const int8_t* p) {
+        return _mm512_xor_si512(load_as<__m512i>(p), _mm512_set1_epi8(-128));
+    }
+    static Sum mac(Sum acc, const Vector& x, __m512i w) {
+        unrolled<DIGITS>([&](auto d) INLINED {
+            acc.digit[d] = (i32v)_mm512_dpbusd_epi32((__m512i)acc.digit[d], w, x.digit[d]);
+        });
+        return acc;
+    }
+};
+template <class Sum> inline void digits_sums(const Sum (&v)[TILE_ROWS], int digits, int64_t* out) {
+    alignas(16) int32_t whole[TILE_ROWS];
+    for (int r = 0; r < TILE_ROWS; ++r) out[r] = 0;
+    for (int d = 0; d < digits; ++d) {
+        i32v digit[TILE_ROWS];
+        unrolled<TILE_ROWS>([&](auto r) INLINED { digit[r] = v[r].digit[d]; });
+        lanes_sums(digit, whole);
+        for (int r = 0; r < TILE_ROWS; ++r) out[r] = 256 * out[r] + whole[r];
+    }
+}
+inline void lanes_sums(const DotDigits<2>::Sum (&v)[TILE_ROWS], int64_t* out) {
+    digits_sums(v, 2, out);
+}
+inline void lanes_sums(const DotDigits<3>::Sum (&v)[TILE_ROWS], int64_t* out) {
+    digits_sums(v, 3, out);
+}
+constexpr int64_t MOST_INPUTS = 1 << 16;  // sums of so many products fit 32 bits
+
+struct Ending {  // of a row of digits
+    float scale;
+    int64_t too_large;  // 128 times the sum of n
+};
+inline int64_t ending_at(int64_t K, int digits) { return (K + 63) / 64 * 64 * digits; }
+
+// Digits of a row, but of one whose largest number is more than `peak` times the root of its mean
+// square, or has no scale: what they round off would be more than what floats do.
+template <int DIGITS> inline bool split_row(const float* from, int64_t K, float peak, uint8_t* to) {
+    constexpr float LEVELS = DIGITS == 3 ? 8355700.f : 32639.f;  // signed bytes hold them
+    f32v most = {}, squares = {};
+    const auto some_of = [&](int64_t k) INLINED {
+        if (k + LANES <= K) return load(from + k);
+        float padded[LANES] = {};
+        if (k < K) std::memcpy(padded, from + k, (K - k) * sizeof(float));
+        return load(padded);
+    };
+    f32v poison = {};  // 0 * NaN and 0 * infinity are NaN
+    for (int64_t k = 0; k < K; k += LANES) {
+        const f32v v = some_of(k);
+        most = larger(most, larger(v, -v));
+        poison += v * 0.f;
+    }
+    const float top = maximum(most);
+    if (sum(poison) != 0 || K > MOST_INPUTS || (top != 0 && top <= 1e-30f)) return false;
+    const float inverse = top != 0 ? LEVELS / top : 0.f, unit = top != 0 ? 1.f / top : 0.f;
+    i32v total = {};
+    int64_t all = 0;
+    for (int64_t k = 0; k < K; k += 64) {
+        for (int64_t i = 0; i < 64; i += LANES) {
+            const f32v v = some_of(k + i);
+            squares += (v * unit) * (v * unit);
+            __m512i n = _mm512_cvtps_epi32((__m512)(v * inverse));
+            total += (i32v)n;
+            unrolled<DIGITS>([&](auto d) INLINED {
+                uint8_t* at = to + k * DIGITS + 64 * (DIGITS - 1 - d) + i;
+                _mm_storeu_si128((__m128i*)at, _mm512_cvtepi32_epi8(n));
+                n = _mm512_srai_epi32(_mm512_add_epi32(n, _mm512_set1_epi32(128)), 8);
+            });
+        }
+        if (k % 2048 == 1984 || k + 64 >= K) {  // 128 of them fit 32 bits
+            alignas(64) int32_t lane[LANES];
+            std::memcpy(lane, &total, sizeof lane);
+            for (int i = 0; i < LANES; ++i) all += lane[i];
+            total = i32v{};
+        }
+    }
+    const Ending ending{top != 0 ? top / LEVELS : 0.f, 128 * all};
+    std::memcpy(to + ending_at(K, DIGITS), &ending, sizeof ending);
+    return float(K) <= peak * peak * sum(squares) || top == 0;
+}
 #endif

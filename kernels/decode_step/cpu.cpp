@@ -92,7 +92,7 @@ struct Step {
 #if defined(__AVX512VNNI__)
         if (form == BYTES) split_bytes(row, K, bytes, scale);
         if (form == PLANES) split_bytes(row, K, bytes, scale, 64, apart(K));
-        if (form == NIBBLES) split_digits(row, K, group, bytes, scale);
+        if (form == NIBBLES) split_digits<3>(row, K, group, bytes);
 #endif
         if (form != PAIRED) return;
         fill_row((bf16*)bytes, K, false, [&](int64_t i) { return load(row + i); },

@@ -99,13 +99,14 @@ def int4_linear(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, outp
     of 32, 4.125 with 128.  Does not at large batch, where widening costs and nothing is saved:
     see ``int4_a8_linear``.
     Measured on a Zen 4 core (its CPU time, medians of interleaved calls; only ratios mean much),
-    groups of 32.  16384 x 16384, one row: bf16 streams weights and scales at 1.05 of the rate at
-    which torch's fastest reduction reads them, fp32 at 0.71, bound by its 23 vector instructions a
-    cache line.  4096 x 4096, bf16: 2.6 times torch's bf16 linear at 8 rows, 1.8 at 16, 1.1 at 64,
-    and 2.4 times ``torch._weight_int4pack_mm_for_cpu`` at each.
+    4096 x 4096, groups of 128.  One row: fp32 at 0.83 of the fastest plain read of weights and
+    scales, bf16 at 0.91.  bf16 against torch's bf16 linear: 2.2 times at 8 rows, 1.1 at 64; fp32
+    1.6 and 0.75.
     On a GPU up to 8 rows are dot products; from 9 on tensor cores take them, in bf16 or fp16, fp32
     as three numbers in bf16.  Not measured there yet.
-    A row of a batch has the same bits as alone, on a CPU.
+    A row of a batch has the same bits as alone, on a CPU.  There, with VNNI, x is taken as whole
+    numbers, a scale per row and group: 24 bits of fp32 and fp16, 16 of bf16, relative to a group's
+    largest; a row with NaN or infinity, or below 1e-18, is multiplied in fp32.
     """
     return _OP(x, packed, scale, outputs, bias, impl=impl)
 

@@ -84,7 +84,9 @@ def int8_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor,
     Does not at large batch on hardware whose int8 units it leaves idle: see ``w8a8_linear``.
     On a GPU from 65 rows on tensor cores take them, in bf16 or fp16, fp32 as three numbers in bf16.
     Not measured there yet.
-    A row of a batch has the same bits as alone, on a CPU.
+    A row of a batch has the same bits as alone, on a CPU.  There, with VNNI, a row in bf16 is taken
+    as whole numbers of 16 bits, relative to its largest, unless that is 32 times the root of the
+    mean square or not finite: then in fp32.
     """
     return _OP(x, weight, scale, bias, impl=impl)
 
