@@ -20,7 +20,8 @@ from kernels.int4_a8_linear import int4_a8_linear
 from kernels.int4_a8_linear.reference import quantize_groups
 from kernels.int4_linear import dequantize, quantize
 from kernels.int4_linear.reference import pack, unpack
-from kernels.op import KernelError
+from kernels.op import OPS, KernelError
+from tests.kernel_cases import CASES, excess
 
 
 def normal(*shape, seed=0):
@@ -203,3 +204,20 @@ def test_int4_with_int8_activations_proves_its_arithmetic(monkeypatch):
     monkeypatch.setattr(Int4DynamicLinear, "forward", Int4Linear.forward)
     with pytest.raises(NotEngaged, match="none multiplies as study::int4_a8_linear"):
         computed_from_int4(engine, lambda: model(ids))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("op", ["int4_linear", "int8_linear"])
+def test_wide_ranges_and_denormals_stay_within_the_budget(op, dtype):
+    """One input of a row is many times the others; a row is denormal; its neighbours are usual."""
+    outlier = 100 if dtype == torch.float16 else 3000  # results that fp16 holds
+    case = CASES[op]
+    args = [*case.make((4, 40, 4096), dtype)[:-1], None]
+    for spoil in (lambda x: x[:, 5].mul_(outlier), lambda x: x[1].mul_(1e-40)):
+        spoiled = [args[0].clone(), *args[1:]]
+        spoil(spoiled[0])
+        got = OPS[op](*spoiled, impl="cpu")
+        assert excess(case, got, spoiled) <= 1
+        alone = OPS[op](spoiled[0][1:2].clone(), *spoiled[1:], impl="cpu")
+        assert torch.equal(alone[0], got[1])
+        assert bool(got[1].any()) == bool(spoiled[0][1].any())
