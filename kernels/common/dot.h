@@ -77,6 +77,10 @@ struct Plain {  // how activations stand in memory, where nothing else is said
     static constexpr int PLANES = 1;         // numbers of X per activation
     static constexpr bool PADDED = false;    // whether rows of x are filled up to whole steps
     static constexpr int MOST = MOST_ROWS;
+    // Bytes from what is read to what is fetched in each of four streams; 0: whole tiles.  Of a plain
+    // read's rate 1 KB gave bytes times bytes 0.93, 2 KB 0.89, tiles 0.80; bytes times floats, which
+    // wait for arithmetic, 0.68 and tiles 0.82.
+    static constexpr int64_t NEAR = 0;
 };
 struct Fma : Plain {  // fp32 activations
     using X = float;
@@ -134,10 +138,9 @@ template <class D> using Out = typename D::Total;
 // one thread of a Zen 4 reads from memory, GB/s, fetched into the first and into the second level:
 // rows of 2048 fp32 24 and 28, bf16 17 and 25, int8 13 and 22; 20 MB of bf16 from the third 33 and 57.
 constexpr int64_t FETCHED = 16 << 10;  // bytes between what is read and what is fetched, about
-// The same in each of four streams of bytes: 1 KB on, 0.93 of a plain read; 2 KB, 0.89; 8 KB, 0.80.
-constexpr int64_t NEAR = 1 << 10;
-template <class W> inline int64_t numbers_ahead(bool streams, int64_t next, int64_t tile) {
-    if (streams && sizeof(W) == 1) return NEAR;
+template <class D, class W>
+inline int64_t numbers_ahead(bool streams, int64_t next, int64_t tile) {
+    if (streams && D::NEAR) return D::NEAR / int64_t(sizeof(W));
     return (1 + FETCHED / std::max<int64_t>(1, tile * sizeof(W))) * next;
 }
 
@@ -191,7 +194,7 @@ inline void dot_rows(const typename D::X* x, int64_t x_stride, const W* w, int64
     // places faster than four neighbouring rows, the more so the shorter these are.
     const bool streams = prefetch && n1 - n0 > BLOCK_ROWS;
     const int64_t between = streams ? tiles : 1, step = streams ? 1 : TILE_ROWS;
-    const int64_t ahead = numbers_ahead<W>(streams, step * w_stride, K * TILE_ROWS);
+    const int64_t ahead = numbers_ahead<D, W>(streams, step * w_stride, K * TILE_ROWS);
     for (int64_t t = 0; t < tiles; ++t) {
         Out<D> out[TILE_ROWS][M];
         const int64_t n = n0 + t * step;

@@ -143,6 +143,7 @@ template <int DIGITS> struct DotDigits : Plain {
     using Total = int64_t;  // the sum of n (w + 128), exact
     using X = uint8_t;
     static constexpr int STEP = 64, PLANES = DIGITS, MOST = DIGITS == 3 ? 2 : 3;
+    static constexpr int64_t NEAR = DIGITS == 3 ? 0 : 1 << 10;
     static constexpr int WIDEN_ONCE = 1 << 30;
     static constexpr bool PADDED = true;
     static Vector widen(const uint8_t* x) {

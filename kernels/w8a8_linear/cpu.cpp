@@ -9,6 +9,7 @@
 // so that what each sum is too large depends on the row of x alone.
 struct Path : DotInt8 {
     using DotInt8::widen;
+    static constexpr int64_t NEAR = 1 << 10;
     static Vector widen(const int8_t* p) {
         return _mm512_xor_si512(load_as<Vector>(p), _mm512_set1_epi8(-128));
     }
