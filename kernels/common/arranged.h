@@ -8,8 +8,9 @@
 
 struct Arranged {
     std::vector<int64_t> by_digits, by_floats;  // the rows of x, in the order in which they stand in
-    std::unique_ptr<uint8_t[]> digits;          // (, stride) and
-    std::unique_ptr<float[]> wide;              // (, wide_stride)
+    uint8_t* digits;                            // (, stride) and
+    float* wide;                                // (, wide_stride), from the start of a cache line
+    std::unique_ptr<uint8_t[]> memory;
 };
 
 // split(row, to) makes bytes of K floats, or says that they are not to be; stride 0: none are.
@@ -17,14 +18,18 @@ template <class T, class Split>
 inline Arranged arrange(const T* x, int64_t x_stride, int64_t M, int64_t K, int64_t wide_stride,
                         int64_t stride, Split split) {
     Arranged rows;
-    rows.wide.reset(new float[M * wide_stride]);
-    rows.digits.reset(new uint8_t[M * stride]);
+    const int64_t floats = M * wide_stride * int64_t(sizeof(float));
+    rows.memory.reset(new uint8_t[floats + M * stride + 64]);
+    uint8_t* start = rows.memory.get();
+    start += -reinterpret_cast<uintptr_t>(start) % 64;
+    rows.wide = (float*)start;
+    rows.digits = start + floats;
     for (int64_t m = 0; m < M; ++m) {
         const T* from = x + m * x_stride;
-        float* row = rows.wide.get() + rows.by_floats.size() * wide_stride;
+        float* row = rows.wide + rows.by_floats.size() * wide_stride;
         fill_row(row, K, false, [&](int64_t k) { return load(from + k); },
                  [&](int64_t k) { return to_float(from[k]); });
-        if (stride && split(row, rows.digits.get() + rows.by_digits.size() * stride))
+        if (stride && split(row, rows.digits + rows.by_digits.size() * stride))
             rows.by_digits.push_back(m);
         else
             rows.by_floats.push_back(m);

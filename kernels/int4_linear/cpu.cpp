@@ -34,11 +34,11 @@ static void int4_linear(const T* x, int64_t x_stride, const uint32_t* packed, co
         const Share share(N, thread, of, SIDE);
 #if defined(__AVX512VNNI__)
         int4_digits_rows<DIGITS_OF<T>>(
-            rows.digits.get(), stride, rows.by_digits.size(), w, share.begin, share.end,
+            rows.digits, stride, rows.by_digits.size(), w, share.begin, share.end,
             [&](int64_t n, int64_t i, float v) { put(n, rows.by_digits[i], v); });
 #endif
         int4_rows<Int4Fp32>(
-            rows.wide.get(), apart(K), rows.by_floats.size(), w, share.begin, share.end,
+            rows.wide, apart(K), rows.by_floats.size(), w, share.begin, share.end,
             [&](int64_t n, int64_t i, float v) { put(n, rows.by_floats[i], v); });
     };
     if (threads <= 1 || N * K < SERIAL_ELEMENTS) return run(0, 1);

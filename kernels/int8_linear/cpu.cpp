@@ -34,9 +34,9 @@ static void int8_linear(const T* x, int64_t x_stride, const int8_t* w, const flo
 #if defined(__AVX512VNNI__)
         if constexpr (DIGITS_OF<T> > 0)
             matmul_rows<DotDigits<DIGITS_OF<T>>>(
-                rows.digits.get(), stride, rows.by_digits.size(), w, K, share.begin, share.end, K,
+                rows.digits, stride, rows.by_digits.size(), w, K, share.begin, share.end, K,
                 nullptr, [&](int64_t n, int64_t i, int64_t v) {
-                    const auto end = load_as<Ending>(rows.digits.get() + i * stride +
+                    const auto end = load_as<Ending>(rows.digits + i * stride +
                                                      ending_at(K, DIGITS_OF<T>));
                     put(n, rows.by_digits[i], float(v - end.too_large) * end.scale);
                 });
@@ -44,7 +44,7 @@ static void int8_linear(const T* x, int64_t x_stride, const int8_t* w, const flo
         const int64_t others = rows.by_floats.size();
         const std::unique_ptr<float[]> scratch(
             others >= Fma::WIDEN_ONCE ? new float[BLOCK_ROWS * apart(K)] : nullptr);
-        matmul_rows<Fma>(rows.wide.get(), apart(K), others, w, K, share.begin, share.end, K,
+        matmul_rows<Fma>(rows.wide, apart(K), others, w, K, share.begin, share.end, K,
                          scratch.get(),
                          [&](int64_t n, int64_t i, float v) { put(n, rows.by_floats[i], v); });
     };
