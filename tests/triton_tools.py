@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import json
 import os
@@ -19,16 +18,14 @@ TYPES = {"fp32": "fp32", "bf16": "bf16", "fp16": "fp16"}
 AOT = """
 import json, sys
 from tests.triton_tools import compiled
-name, *archs = sys.argv[1:]
-print(json.dumps({arch: compiled(name, arch) for arch in archs}))
+print(json.dumps(compiled(*sys.argv[1:])))
 """
 
 
-@functools.cache
-def compiled_elsewhere(name: str, archs: tuple[str, ...]) -> dict[str, dict]:
-    """``compiled`` for each architecture, in a process of its own; raises with its errors."""
+def compiled_elsewhere(name: str, arch: str) -> dict:
+    """``compiled`` in a process of its own; raises with its errors."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", AOT, name, *archs], env=env, cwd=ROOT,
+    done = subprocess.run([sys.executable, "-c", AOT, name, arch], env=env, cwd=ROOT,
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

@@ -151,6 +151,7 @@ inline void dot_tile(const typename D::X* x, int64_t x_stride, const W* w, int64
                      int64_t ahead, int64_t K, Out<D> out[R][M]) {
     constexpr int LINE = 64 / sizeof(W) > D::STEP ? 64 / sizeof(W) : D::STEP;  // of the cache
     typename D::Sum acc[R][M] = {};
+    const W* fetched = w + ahead;  // beside w, not an addition in each address: 6 % of one row
     int64_t k = 0;
     const auto step = [&](int64_t at) INLINED {
         typename D::Vector row[M];
@@ -162,7 +163,7 @@ inline void dot_tile(const typename D::X* x, int64_t x_stride, const W* w, int64
     };
     for (; k + LINE <= K; k += LINE) {
         if (PREFETCH)  // the same place in rows to come: the hardware stops at each row's end
-            unrolled<R>([&](auto r) INLINED { __builtin_prefetch(w + r * w_stride + k + ahead, 0, 2); });
+            unrolled<R>([&](auto r) INLINED { __builtin_prefetch(fetched + r * w_stride + k, 0, 2); });
         unrolled<LINE / D::STEP>([&](auto i) INLINED { step(k + i * D::STEP); });
     }
     for (; k + D::STEP <= K; k += D::STEP) step(k);
@@ -183,7 +184,6 @@ inline void dot_tile(const typename D::X* x, int64_t x_stride, const W* w, int64
         unrolled<R>([&](auto r) INLINED { out[r][m] = sums[r]; });
     });
 }
-
 
 // done(n, m, dot) for rows n0 <= n < n1 of w and M <= D::MOST rows of x.
 template <class D, class W, int M, class Done>
