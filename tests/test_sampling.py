@@ -257,6 +257,19 @@ def test_the_last_cells_leave_less_for_nobody():
     assert budget.share("a", cells=2) == pytest.approx(0.9 * 100)
 
 
+def test_what_is_built_early_is_expected_to_need_the_rest_of_what_it_needed_before():
+    """Not as much as the first cell, which loads the model and everything it is held against."""
+    ticker = Ticker()
+    budget = Budget(100, clock=ticker, known={"b": 12.0})
+    budget.plan([Plan(name, "m", ("t",)) for name in "abc"])
+    budget.begin("a")
+    ticker.work(30)
+    budget.prepay("b", 8.0)
+    budget.prepay("c", 8.0)
+    assert budget.expected("b") == pytest.approx(4.0)
+    assert budget.expected("c") == pytest.approx(22.0)
+
+
 def test_costs_of_earlier_runs_are_remembered(tmp_path):
     path = tmp_path / "machine" / "costs.json"
     save_costs(path, {"a": 1.0})

@@ -68,10 +68,10 @@ class Budget:
 
     def expected(self, fullname: str) -> float:
         """Seconds a cell will need before its samples (earlier runs, else its model's median)."""
+        if fullname in self.known:
+            return max(0.0, self.known[fullname] - self.prepaid.get(fullname, 0.0))
         if fullname in self.prepaid:
             return statistics.median(self.checks)
-        if fullname in self.known:
-            return self.known[fullname]
         model = self.models.get(fullname)
         same = [s for name, s in self.fixed.items() if self.models.get(name) == model]
         plan = self.plans.get(fullname)
