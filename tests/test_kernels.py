@@ -152,6 +152,24 @@ def test_repeats_bitwise_and_rows_do_not_mix(case, route, dtype, monkeypatch):
         assert same_bits(run(*alone), tuple(t[1:2] for t in outputs(first)))
 
 
+LINEARS = ["int8_linear", "w8a8_linear", "int4_linear", "int4_a8_linear", "fp8_linear"]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("route", CPU_ROUTES)
+@pytest.mark.parametrize("op", LINEARS)
+def test_a_row_of_many_has_the_bits_of_one_alone(op, route, dtype, monkeypatch):
+    """Up to where its case says that sums change their order, whichever products a batch takes."""
+    case = CASES[op]
+    rows = min(70, case.order_changes.get(dtype, 71) - 1)
+    args = case.make((rows, 33, 640), DTYPES[dtype])
+    args[0][1] *= 1e-30  # a row that no whole numbers hold
+    with route_open(op, route, monkeypatch) as run:
+        together = run(*args)
+        for m in (0, 1, rows - 1):
+            assert same_bits(run(args[0][m : m + 1].clone(), *args[1:]), together[m : m + 1])
+
+
 @pytest.mark.parametrize(("case", "route", "dtype"), ALL_FIRST)
 def test_strided_rows_give_the_same(case, route, dtype, monkeypatch):
     args = case.make(case.shapes[0], DTYPES[dtype])

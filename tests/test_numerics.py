@@ -204,7 +204,12 @@ def test_layers_run_on_the_kernels_and_by_torch_where_that_is_faster(choose):
             layers.Int8Linear.from_float(linear(48, 64, dtype=dtype))(
                 normal(tokens, 64, dtype=dtype))  # fmt: skip
         ran[dtype, tokens] = "study::int8_linear.cpu" in operators.names
+    from kernels import build
+
     wide, narrow = torch.float32, torch.bfloat16
+    if not build.current_isa().startswith("avx512"):  # nor has torch a fast bf16
+        assert all(ran.values())
+        return
     assert ran == {(wide, 1): True, (wide, 16): True, (wide, 64): True, (wide, 65): True,
                    (narrow, 1): False, (narrow, 16): True, (narrow, 64): True,
                    (narrow, 65): False}  # fmt: skip

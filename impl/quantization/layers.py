@@ -85,7 +85,8 @@ class Int8Linear(Int8Weight):
         512), in bf16 1.0 to 2.3 times from 8 rows to 64, but 0.8 to 0.96 up to 4 rows and 0.7 to
         1.0 from 128 on.  Compiled whole, `lm_small` generates at 0.7 of the speed with it where
         steps have one row (products are fused then) and at 1.02 where they have 8; `minilm`'s
-        forward of a batch of one sentence in fp32 at 1.6 or more.
+        forward of a batch of one sentence in fp32 at 1.6 or more.  Without AVX-512 torch has no
+        fast bf16 and the kernel is faster at any number of rows (Zen 3, AVX2, 4096 x 4096).
         """
         from kernels.int8_linear import int8_linear
 
@@ -102,6 +103,10 @@ class Int8Linear(Int8Weight):
         narrow = x.dtype != torch.float32
         if torch.compiler.is_compiling():
             return narrow or tokens <= FUSED_TOKENS
+        from kernels import build
+
+        if not build.current_isa().startswith("avx512"):  # torch's bf16 is emulated there
+            return False
         few = tokens <= FEW_TOKENS and inputs % PACK_MULTIPLE == 0
         return narrow and (few or tokens > MANY_TOKENS)
 

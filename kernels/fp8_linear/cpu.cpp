@@ -2,9 +2,17 @@
 // and products of two are exact in fp32; so rows of x are rounded to e4m3 but kept in bf16 (fp32
 // where the processor does not multiply bf16), and w, read as bytes, is widened on its way.
 #include <memory>
-#include "dot.h"
+#include "panels.h"
 
 struct e4m3 { uint8_t bits; };
+
+// Lanes that end in the bits of an e4m3, the others its sign, as floats.
+inline f32v from_e4m3(i32v bits) {
+    // sign, exponent and mantissa at their places, the exponent 120 too small: below the smallest
+    // normal too
+    const f32v v = (f32v)(bits << 20 & int(0x87f00000)) * 0x1p120f;
+    return choose((bits & 0x7f) == 0x7f, splat(NAN), v);
+}
 
 inline f32v load(const e4m3* p) {
 #if defined(__AVX512F__)
@@ -15,10 +23,7 @@ inline f32v load(const e4m3* p) {
     i32v bits;
     for (int i = 0; i < LANES; ++i) bits[i] = int8_t(p[i].bits);
 #endif
-    // sign, exponent and mantissa at their places, the exponent 120 too small: below the smallest
-    // normal too
-    const f32v v = (f32v)(bits << 20 & int(0x87f00000)) * 0x1p120f;
-    return choose((bits & 0x7f) == 0x7f, splat(NAN), v);
+    return from_e4m3(bits);
 }
 
 #if defined(__AVX512BF16__)
@@ -55,6 +60,10 @@ struct Path : DotBf16 {
 using Path = Fma;
 #endif
 using X = Path::X;
+
+#if defined(HAS_TURN_QUADS)
+constexpr int64_t MANY = 8;  // rows from which panels are faster: sums stand in another order then
+#endif
 
 // v to the nearest e4m3, of two the even one; |v| is at most 448 and a little.
 inline f32v rounded(f32v v) {
@@ -102,6 +111,33 @@ static void fp8_linear(const T* x, int64_t x_stride, const e4m3* w, const float*
         quantize(x + m * x_stride, K, rows.get() + m * apart(K), row_scale.get() + m);
     };
     const auto multiply = [&](int thread, int of) {
+#if defined(HAS_TURN_QUADS)
+        if (M >= MANY) {
+            const Share share(N, thread, of, PANEL);
+            const std::unique_ptr<Word[]> scratch(new Word[panel_scratch(M, K)]);
+            return panel_rows<Singles>(
+                (const Word*)rows.get(), apart(K), M, K, share.begin, share.end, scratch.get(),
+                [&](int64_t n0, int64_t n1, int64_t w0, int64_t w1, Word* panel) {
+                    turn_quads(w, K, n0, n1, w0, w1, [&](int64_t k, int side, __m256i v) INLINED {
+                        float* to = (float*)panel + (k - w0) * PANEL + side;
+                        unrolled<4>([&](auto i) INLINED {
+                            store(to + i * PANEL, from_e4m3((i32v)_mm256_slli_epi32(v, 24 - 8 * i) >> 24));
+                        });
+                    });
+                },
+                [&](int64_t m, int64_t n, int64_t count, const float* sums) {
+                    fill_row(
+                        y + m * N + n, count, false,
+                        [&](int64_t i) {
+                            const f32v v = load(sums + i) * (row_scale[m] * load(scale + n + i));
+                            return bias ? v + load(bias + n + i) : v + 0.f;
+                        },
+                        [&](int64_t i) {
+                            return sums[i] * (row_scale[m] * scale[n + i]) + (bias ? bias[n + i] : 0.f);
+                        });
+                });
+        }
+#endif
         const Share share(N, thread, of, TILE_ROWS);
         std::unique_ptr<X[]> scratch(M >= Path::WIDEN_ONCE ? new X[BLOCK_ROWS * apart(K)] : nullptr);
         matmul_rows<Path>(rows.get(), apart(K), M, w, K, share.begin, share.end, K, scratch.get(),

@@ -2,7 +2,7 @@
 // A cache line of weights becomes bytes by a shift and two masks; with VNNI an instruction adds up
 // four products of a lane in int32.  Elsewhere the same whole numbers meet in pairs of 16 bits.
 #include <memory>
-#include "int4.h"
+#include "int4_digits.h"
 
 template <class T>
 static void int4_a8_linear(const T* x, int64_t x_stride, const uint32_t* packed, const bf16* scale,
@@ -25,9 +25,14 @@ static void int4_a8_linear(const T* x, int64_t x_stride, const uint32_t* packed,
     };
     const auto multiply = [&](int thread, int of) {
         const Share share(N, thread, of, SIDE);
-        int4_a8_rows(rows, M, w, share.begin, share.end, [&](int64_t n, int64_t m, float v) {
+        const auto put = [&](int64_t n, int64_t m, float v) {
             from_float(y + m * N + n, v + (bias ? bias[n] : 0.f));
-        });
+        };
+#if defined(HAS_INT4_DIGITS)
+        int4_digits_rows<1>(OneDigit{rows}, M, w, share.begin, share.end, put);
+#else
+        int4_a8_rows(rows, M, w, share.begin, share.end, put);
+#endif
     };
     if (threads <= 1 || N * K < SERIAL_ELEMENTS) {
         for (int64_t m = 0; m < M; ++m) quantize(m);

@@ -104,9 +104,11 @@ def int4_linear(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, outp
     1.6 and 0.75.
     On a GPU up to 8 rows are dot products; from 9 on tensor cores take them, in bf16 or fp16, fp32
     as three numbers in bf16.  Not measured there yet.
-    A row of a batch has the same bits as alone, on a CPU.  There, with VNNI, x is taken as whole
-    numbers, a scale per row and group: 24 bits of fp32 and fp16, 16 of bf16, relative to a group's
-    largest; a row with NaN or infinity, or below 1e-18, is multiplied in fp32.
+    A row of a batch has the same bits as alone, on a CPU, but with AVX2 alone for rows in fp32 and
+    fp16 from 16 on, which are multiplied in fp32, faster there and in another order of sums.  With
+    VNNI or AVX2 x is otherwise taken as whole numbers, a scale per row and group: 24 bits of fp32
+    and fp16, 16 of bf16, relative to a group's largest; a row with NaN or infinity, or below 1e-18,
+    is multiplied in fp32.
     """
     return _OP(x, packed, scale, outputs, bias, impl=impl)
 

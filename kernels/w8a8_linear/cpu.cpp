@@ -1,8 +1,10 @@
 // y = (int8(x) w^T) * scale_x * scale + bias.  Rows of x are quantized first, shared by the threads;
 // then each thread takes a run of rows of w.  With VNNI, products of four int8 are added up in
-// int32 by one instruction; elsewhere the same whole numbers meet in fp32.
+// int32 by one instruction; with AVX2 alone 16 of 16 bits, added two by two; elsewhere the same whole
+// numbers meet in fp32.
 #include <memory>
 #include "panels.h"
+#include "shorts.h"
 
 #if defined(__AVX512VNNI__)
 // The unit multiplies unsigned by signed bytes: weights stand as w + 128, a bit turned on the way,
@@ -28,7 +30,7 @@ static int32_t too_large(uint8_t* x, int64_t K) {  // x + 128 becomes x; returns
     for (; k < K; ++k) total += int8_t(x[k] ^= 128);
     return 128 * total;
 }
-#else
+#elif !defined(HAS_SHORTS)
 using Path = Fma;
 static int32_t too_large(float*, int64_t) { return 0; }
 #endif
@@ -45,6 +47,70 @@ struct TurnedBytes : Bytes {};
 inline word4 words(TurnedBytes, const int8_t* p) { return load_as<word4>(p) ^ 0x80808080u; }
 #endif
 
+#if defined(HAS_SHORTS)
+constexpr int64_t TURNED = 8;  // rows from which panels are faster than dot products
+
+template <class T>
+static void w8a8_linear(const T* x, int64_t x_stride, const int8_t* w, const float* scale,
+                        const float* bias, T* y, int64_t M, int64_t N, int64_t K, int threads) {
+    const std::unique_ptr<int16_t[]> rows(new int16_t[M * apart(K)]);
+    const std::unique_ptr<float[]> row_scale(new float[M]);
+    const auto quantize = [&](int64_t m, float* wide) {
+        const T* from = x + m * x_stride;
+        int16_t* row = rows.get() + m * apart(K);
+        fill_row(wide, K, false, [&](int64_t k) { return load(from + k); },
+                 [&](int64_t k) { return to_float(from[k]); });
+        quantize_row(wide, K, (uint8_t*)row, wide, row_scale.get() + m);
+        std::memset(wide + K, 0, (apart(K) - K) * sizeof(float));
+        for (int64_t k = 0; k < K; k += 32) split_block<false>(wide + k, 1.f, row + k, nullptr);
+    };
+    const auto multiply = [&](int thread, int of) {
+        const Share share(N, thread, of, M < TURNED ? int64_t(TILE_ROWS) : PANEL);
+        if (M < TURNED)
+            return shorts_rows(rows.get(), M, w, share.begin, share.end, K, true,
+                               [&](int64_t n, int64_t m, double sum) {
+                                   const float v = float(sum) * (row_scale[m] * scale[n]);
+                                   from_float(y + m * N + n, v + (bias ? bias[n] : 0.f));
+                               });
+        const std::unique_ptr<Word[]> scratch(new Word[panel_scratch(M, 0)]);
+        panel_rows<Shorts>(
+            (const Word*)rows.get(), apart(K) / 2, M, (K + 31) / 32 * 16, share.begin, share.end,
+            scratch.get(),
+            [&](int64_t n0, int64_t n1, int64_t w0, int64_t w1, Word* panel) {
+                turn_shorts(w, K, n0, n1, w0, w1, panel);
+            },
+            [&](int64_t m, int64_t n, int64_t count, const double* sums) {
+                float whole[PANEL];
+                for (int i = 0; i < PANEL; ++i) whole[i] = float(sums[i]);
+                fill_row(
+                    y + m * N + n, count, false,
+                    [&](int64_t i) {
+                        const f32v v = load(whole + i) * (row_scale[m] * load(scale + n + i));
+                        return bias ? v + load(bias + n + i) : v + 0.f;
+                    },
+                    [&](int64_t i) {
+                        return whole[i] * (row_scale[m] * scale[n + i]) + (bias ? bias[n + i] : 0.f);
+                    });
+            });
+    };
+    const bool alone = threads <= 1 || N * K < SERIAL_ELEMENTS;
+    const bool few = alone || M == 1;  // no rows to share: no barrier
+    if (few) {
+        const std::unique_ptr<float[]> wide(new float[apart(K)]);
+        for (int64_t m = 0; m < M; ++m) quantize(m, wide.get());
+    }
+    if (alone) return multiply(0, 1);
+#pragma omp parallel num_threads(threads)
+    {
+        if (!few) {
+            const std::unique_ptr<float[]> wide(new float[apart(K)]);
+#pragma omp for schedule(static)
+            for (int64_t m = 0; m < M; ++m) quantize(m, wide.get());
+        }
+        multiply(omp_get_thread_num(), omp_get_num_threads());
+    }
+}
+#else
 template <class T>
 static void w8a8_linear(const T* x, int64_t x_stride, const int8_t* w, const float* scale,
                         const float* bias, T* y, int64_t M, int64_t N,
@@ -117,6 +183,7 @@ static void w8a8_linear(const T* x, int64_t x_stride, const int8_t* w, const flo
         multiply(omp_get_thread_num(), omp_get_num_threads());
     }
 }
+#endif
 
 #define ENTRY(T, name)                                                                           \
     extern "C" void w8a8_linear_##name(const T* x, int64_t x_stride, const int8_t* w,            \

@@ -26,7 +26,10 @@ class Case:
     large           a shape at which threads share the work
     row_args        arguments whose first dimension is that of the outputs
     row_numbers     integers of which each row has its own; sliced with it, never scaled
-    row_stable      a row's result has the same bits whatever stands in the other rows
+    row_stable      a row's result has the same bits whatever stands in the other rows: of any
+                    number of them, or of fewer than ``order_changes`` says
+    order_changes   the number of rows from which sums may stand in another order on a CPU without
+                    AVX-512, by dtype: there speed was bought with the bits of a row alone
     short_argument  the tensor argument that a bounds test shortens
     mma             the opcode that Triton's matrix kernels must have, per architecture
     mma_kernels     a pattern of the names of those kernels
@@ -46,6 +49,7 @@ class Case:
     row_args: tuple[int, ...] = (0,)
     row_numbers: tuple[int, ...] = ()
     row_stable: bool = True
+    order_changes: dict[str, int] = field(default_factory=dict)
     short_argument: int = 1
     mma: dict[str, str] = field(default_factory=dict)
     mma_kernels: str = "gemm"
