@@ -3,6 +3,7 @@
 import torch
 from torch.nn.functional import linear
 
+from impl.machine import cpu_flags
 from tests.kernel_cases import Case, Rival, Speed, bad, random
 
 # rows, outputs, inputs: odd everywhere, one of each, none of each, more rows than any tile
@@ -99,7 +100,10 @@ def _dynamic_int8(x, weight, scale, bias):
     """oneDNN's int8 product; x is quantized by torch, in the timed call.
 
     As unsigned bytes around 128: of signed ones oneDNN makes 0.1 GOP/s here, in its reference code.
+    Without VNNI it adds up two products in 16 bits, which full ranges overflow.
     """
+    if not {"avx512_vnni", "avx_vnni"} & cpu_flags():
+        raise NotImplementedError("without VNNI oneDNN's sums of two products saturate")
     packed = torch.ops.onednn.qlinear_prepack(weight, None)
     return x, packed, scale, torch.zeros(weight.shape[0], dtype=torch.int32)
 
