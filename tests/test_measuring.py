@@ -84,16 +84,20 @@ def test_the_probes_of_this_machine_are_plausible():
 
 def test_a_product_without_instructions_is_probed_small(monkeypatch):
     """A full-size probe of one took seconds: half a minute of each run on a CPU without bf16."""
-    sizes = []
+    sizes: dict[str, set] = {"quick": set(), "slow": set()}
 
     def products(device, dtype, n):
-        yield "quick", lambda: sizes.append(n)
-        yield "slow", lambda: time.sleep(2 * n**3 / (probes.SLOW / 4))
+        def slow():
+            sizes["slow"].add(n)
+            time.sleep(2 * n**3 / (probes.SLOW / 4))
+
+        yield "quick", lambda: sizes["quick"].add(n)
+        yield "slow", slow
 
     monkeypatch.setattr(probes, "_products", products)
     found = probes._gemm("cpu", "bf16", 0.001)
     assert found["path"] == "quick"
-    assert set(sizes) == {256, 1024}
+    assert sizes == {"quick": {256, 1024}, "slow": {256}}
     monkeypatch.setattr(probes, "_products", lambda *args: list(products(*args))[1:])
     found = probes._gemm("cpu", "bf16", 0.001)
     assert found["path"] == "slow"
