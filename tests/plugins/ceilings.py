@@ -276,11 +276,11 @@ def _gemm(device: str, dtype: str, seconds: float) -> dict[str, Any] | None:
         if not paths:
             return None
         if n == SMALL:  # then in its full size what this processor has instructions for
-            rate = {name: 2 * n**3 / _seconds(run, 1, device) for name, run in paths.items()}
-            if any(r > SLOW for r in rate.values()):
+            quick = [p for p in paths if 2 * n**3 / _seconds(paths[p], 1, device) > SLOW]
+            if quick:
                 n = 1024
                 large = dict(_products(device, dtype, n))
-                paths = {name: large[name] for name in paths if rate[name] > SLOW}
+                paths = {name: large[name] for name in quick}
         path, rate, spread = _fastest(paths, 2 * n**3, device, seconds)
     return {"flops_per_s": rate, "spread": spread, "path": path}
 
