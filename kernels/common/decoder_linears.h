@@ -35,6 +35,7 @@ struct Rows {  // activations (M, K) in one of the forms, `stride` numbers from 
     const uint8_t* bytes;
     const float* scale;
     int64_t M, K, stride;
+    Read read;  // how a step reads the weights that they meet
 };
 
 // The part of linear `l` that makes outputs n0 <= n < n1 of `x`, given as put(n, m, value).
@@ -44,7 +45,7 @@ static void step_linear(const Linear& l, const Rows& x, int64_t n0, int64_t n1, 
     const auto run = [&](auto d, const auto* rows, const auto* w, auto done) {
         matmul_rows<decltype(d)>(
             rows, x.stride, x.M, w, l.k, n0, n1, l.k,
-            (std::remove_const_t<std::remove_pointer_t<decltype(rows)>>*)scratch, done);
+            (std::remove_const_t<std::remove_pointer_t<decltype(rows)>>*)scratch, done, x.read);
     };
     const auto scaled = [&](int64_t n, int64_t m, float v) { put(n, m, v * l.scale[n]); };
     const Int4 int4{(const uint32_t*)l.w, (const bf16*)l.scale, l.k, l.group};
