@@ -147,9 +147,9 @@ def _compiler_version() -> str:
     return subprocess.run([*(compiler() or ()), "--version"], capture_output=True, text=True).stdout
 
 
-def _headers() -> bytes:
+def _headers(*suffixes: str) -> bytes:
     return b"".join(p.name.encode() + p.read_bytes() for p in sorted(COMMON.iterdir())
-                    if p.suffix in (".h", ".cuh"))  # fmt: skip
+                    if p.suffix in (suffixes or (".h", ".cuh")))  # fmt: skip
 
 
 def _cached(stem: str, suffix: str, *parts: str | bytes) -> Path:
@@ -211,12 +211,12 @@ def call_library(name: str) -> ctypes.CDLL | None:
 
     None where there is no such file, or no torch to build it against (its headers are missing).
     """
-    source, header, torch_home = HERE / name / "call.cpp", COMMON / "torch_call.hpp", TORCH_HOME
+    source, torch_home = HERE / name / "call.cpp", TORCH_HOME
     if not source.exists() or not (torch_home / "include/torch/csrc/stable/c/shim.h").exists():
         return None
     flags = ["-std=c++17", "-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-Wall", f"-I{COMMON}",
              f"-I{torch_home}/include", f"-L{torch_home}/lib", "-ltorch_cpu"]  # fmt: skip
-    return _shared(f"{name}-call", source, flags, header.read_bytes(), torch.__version__)
+    return _shared(f"{name}-call", source, flags, _headers(".hpp"), torch.__version__)
 
 
 def build_all(levels: Sequence[str] = ()) -> dict[str, str]:

@@ -68,14 +68,14 @@ def int4_checks(name: str) -> Callable:
                f"{name} needs packed (N / 16, K / 8, 16) int32, not {packed.dtype} "
                f"{tuple(packed.shape)}; see quantize")  # fmt: skip
         blocks, octets, _ = packed.shape
-        group = group_of(packed, scale) if scale.dim() == 3 and scale.shape[1] else 0
-        expect(scale.dtype == torch.bfloat16
-               and (scale.shape == (blocks, octets * 8 // group, 16)
-                    if group in (32, 128) else scale.shape == (blocks, 0, 16) and not octets),
+        group = group_of(packed, scale) if scale.dim() == 3 else 0
+        expect(scale.dtype == torch.bfloat16 and group in (32, 128) and octets * 8 % group == 0
+               and scale.shape == (blocks, octets * 8 // group, 16),
                f"{name} needs scale ({blocks}, {octets * 8} / group, 16) bfloat16 of groups of 32 "
                f"or 128, not {scale.dtype} {tuple(scale.shape)}; see quantize")  # fmt: skip
-        expect(-(-outputs // 16) == blocks, f"{name} of {blocks} blocks of 16 outputs has "
-               f"{max(0, 16 * blocks - 15)} to {16 * blocks} outputs, not {outputs}")  # fmt: skip
+        fewest = max(0, 16 * blocks - 15)
+        expect(fewest <= outputs <= 16 * blocks, f"{name} of {blocks} blocks of 16 outputs has "
+               f"{fewest} to {16 * blocks} outputs, not {outputs}")  # fmt: skip
         expect_linear(name, x, outputs, octets * 8, {"packed": packed, "scale": scale},
                       {"bias": bias})  # fmt: skip
 

@@ -207,7 +207,7 @@ def fused_qkv(engine: Engine) -> Engine:
     so nothing is held twice.  Quantized layers are joined as they are (scales belong to outputs),
     and int8 activations are quantized once instead of three times.
     Helps where a product costs more to call than its bytes to read: over quantized weights (a step
-    of `lm_small` 1.14 times as fast with `int8_weight_only`, 1.09 with `int4_weight_only_g32`, 1.06
+    of `lm_small` 1.08 times as fast with `int8_weight_only`, 1.06 with `int4_weight_only_g32`, 1.09
     with `int8_dynamic`).  Does not where bytes decide (fp32 1.00, bf16 1.03), nor in a compiled
     step, with no calls to save.
     Source: Shoeybi et al. 2019 (Megatron-LM, whose attention has one such weight),

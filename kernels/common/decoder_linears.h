@@ -65,7 +65,7 @@ static void step_linear(const Linear& l, const Rows& x, int64_t n0, int64_t n1, 
             put(n, m, float(v - 128 * l.sums[n]) * (x.scale[m] * l.scale[n]));
         });
 #else
-    case INT4: return int4_rows<Int4Fp32>(x.wide, x.stride, x.M, int4, n0, n1, put);
+    case INT4: return int4_rows(x.wide, x.stride, x.M, int4, n0, n1, put);
     case INT8: return run(Fma(), x.wide, (const int8_t*)l.w, scaled);
     case INT8_DYNAMIC:  // the quantized activations stand in `wide`
         return run(Fma(), x.wide, (const int8_t*)l.w, [&](int64_t n, int64_t m, float v) {

@@ -13,6 +13,7 @@ import torch
 from kernels import build
 from kernels.build import FLOAT, INT, LONG, POINTER, SUFFIX
 from kernels.flash_attention import strides
+from kernels.linears import allocating
 from kernels.op import KernelError, Op, expect
 
 from . import reference
@@ -123,11 +124,9 @@ def _fake(q, keys, values, lengths, scale):
     return empty_like(q)
 
 
-def _cpu(q, keys, values, lengths, scale):
-    y = empty_like(q)
-    if y.numel():
-        attend_cpu(NAME, y, q, keys, values, None, lengths, scale)
-    return y
+def into_cpu(y, q, keys, values, lengths, scale) -> None:
+    """Write y (B, H, T, D), of any strides but the last."""
+    attend_cpu(NAME, y, q, keys, values, None, lengths, scale)
 
 
 def _cuda(q, keys, values, lengths, scale):
@@ -150,8 +149,8 @@ def _flops(q_shape, keys_shape, *_, out_shape=None, **__) -> int:
 
 
 _OP = Op(NAME, "(Tensor q, Tensor keys, Tensor values, Tensor lengths, float scale) -> Tensor",
-         check=_check, fake=_fake, reference=_reference, cpu=_cpu, cuda=_cuda,
-         flops=_flops)  # fmt: skip
+         check=_check, fake=_fake, reference=_reference, cpu=allocating(into_cpu, _fake),
+         cuda=_cuda, flops=_flops)  # fmt: skip
 
 
 def decode_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
