@@ -54,7 +54,7 @@ __device__ void copy_tiles(GemmMemory<OUTPUTS>& memory, const signed char* q, co
                         copy_async(to, w + int64(min(n, ends.N - 1)) * K + k, n < ends.N && k < K);
                     });
                 else
-                    stage.w.each_chunk([&](char* to, int row, int byte) {
+                    stage.w.template each_chunk<1>([&](char* to, int row, int byte) {
                         const int n = outputs + row, k = first + byte;
                         put(to, n < ends.N ? weights(w + int64(n) * K, k, K, false) : Bytes{});
                     });
@@ -118,7 +118,7 @@ __device__ void multiply_tiles(GemmMemory<OUTPUTS>& memory, const Ends<T>& ends,
 #pragma unroll
                 for (int half = 0; half < HALVES; ++half) {
                     typename F::Sum part[64];
-                    fence(part);
+                    fence();
 #pragma unroll
                     for (int byte = 0; byte < ROW_BYTES; byte += 32)
                         wgmma(part, stage.x.rows(above, byte), stage.w.rows(half * 128, byte), byte > 0,

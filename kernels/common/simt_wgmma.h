@@ -196,6 +196,7 @@ inline void complete_one(Warpgroup& group) {
 }  // namespace simt
 
 using s8 = simt::Bytes8;
+inline void settle(float) {}
 template <class... D> void fence(D&...) { simt::warpgroup().lanes[simt::rank % 128].fenced = true; }
 inline void commit() { ++simt::warpgroup().lanes[simt::rank % 128].group; }
 template <int LEFT, class... D> void wait_for(D&...) {

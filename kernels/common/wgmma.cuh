@@ -44,6 +44,15 @@ template <int N> __device__ inline void pin(int (&d)[N]) {
     for (int i = 0; i < N; ++i) asm volatile("" : "+r"(d[i])::"memory");
 }
 
+template <int N> __device__ inline void pin(unsigned (&d)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) asm volatile("" : "+r"(d[i])::"memory");
+}
+template <class T, int M, int N> __device__ inline void pin(T (&d)[M][N]) {
+#pragma unroll
+    for (int i = 0; i < M; ++i) pin(d[i]);
+}
+
 template <class... D> __device__ inline void fence(D&... d) {
     (pin(d), ...);
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -52,6 +61,11 @@ __device__ inline void commit() { asm volatile("wgmma.commit_group.sync.aligned;
 template <int LEFT, class... D> __device__ inline void wait_for(D&... d) {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
     (pin(d), ...);
+}
+// Arithmetic that leads to `positive` comes before what follows: ptxas would move it behind a wait,
+// where nothing hides its time.  A branch is what holds it.
+__device__ inline void settle(float positive) {
+    asm volatile("{.reg .pred p; setp.lt.f32 p, %0, 0f00000000; @p trap;}" ::"f"(positive) : "memory");
 }
 __device__ inline void fence_async_proxy() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -84,22 +98,31 @@ __device__ inline void put(void* to, const Pack<unsigned>& bytes) {
 #define WGMMA_32(c) WGMMA_16(c, 0), WGMMA_16(c, 16)
 #define WGMMA_64(c) WGMMA_32(c), WGMMA_16(c, 32), WGMMA_16(c, 48)
 #define WGMMA_FLOAT(x) "+f"(x)
+#define WGMMA_NEW_FLOAT(x) "=f"(x)
 #define WGMMA_INT(x) "+r"(x)
+#define WGMMA_NEW_INT(x) "=r"(x)
 
-// d (64, 128) = a b^T, + d if `add`; both tiles in shared memory, their rows along the sum.
-#define WGMMA_SHARED(Sum, constraint, Type, shape, tail)                                         \
+// d (64, 128) = a b^T, + d if `add`; both tiles in shared memory, their rows along the sum.  What d held
+// is no input without `add`: registers would keep it from wherever it was last written.
+#define WGMMA_SHARED(Sum, constraint, new_constraint, Type, shape, tail)                         \
     __device__ inline void wgmma(Sum(&d)[64], unsigned long long a, unsigned long long b,        \
                                  bool add, Type) {                                               \
-        asm volatile("{.reg .pred p; setp.ne.b32 p, %66, 0; wgmma.mma_async.sync.aligned." shape \
-                     " {" WGMMA_NAMES_64 "}, %64, %65, p" tail ";}"                              \
-                     : WGMMA_64(constraint)                                                      \
-                     : "l"(a), "l"(b), "r"(int(add)));                                           \
+        if (add)                                                                                 \
+            asm volatile("{.reg .pred p; setp.eq.u32 p, 0, 0; wgmma.mma_async.sync.aligned."     \
+                         shape " {" WGMMA_NAMES_64 "}, %64, %65, p" tail ";}"                    \
+                         : WGMMA_64(constraint) : "l"(a), "l"(b));                               \
+        else                                                                                     \
+            asm volatile("{.reg .pred p; setp.ne.u32 p, 0, 0; wgmma.mma_async.sync.aligned."     \
+                         shape " {" WGMMA_NAMES_64 "}, %64, %65, p" tail ";}"                    \
+                         : WGMMA_64(new_constraint) : "l"(a), "l"(b));                           \
     }
-WGMMA_SHARED(float, WGMMA_FLOAT, bf16, "m64n128k16.f32.bf16.bf16", ", 1, 1, 0, 0")
-WGMMA_SHARED(float, WGMMA_FLOAT, f16, "m64n128k16.f32.f16.f16", ", 1, 1, 0, 0")
-WGMMA_SHARED(float, WGMMA_FLOAT, e4m3, "m64n128k32.f32.e4m3.e4m3", ", 1, 1")
+#define WGMMA_OF_FLOATS(Type, shape, tail)                                                       \
+    WGMMA_SHARED(float, WGMMA_FLOAT, WGMMA_NEW_FLOAT, Type, shape, tail)
+WGMMA_OF_FLOATS(bf16, "m64n128k16.f32.bf16.bf16", ", 1, 1, 0, 0")
+WGMMA_OF_FLOATS(f16, "m64n128k16.f32.f16.f16", ", 1, 1, 0, 0")
+WGMMA_OF_FLOATS(e4m3, "m64n128k32.f32.e4m3.e4m3", ", 1, 1")
 struct s8 {};
-WGMMA_SHARED(int, WGMMA_INT, s8, "m64n128k32.s32.s8.s8", "")
+WGMMA_SHARED(int, WGMMA_INT, WGMMA_NEW_INT, s8, "m64n128k32.s32.s8.s8", "")
 
 // d (64, N) += a b: a (64, 16) from registers, as `mma` of 16 rows a warp takes it; b (16, N) lies with
 // N along its rows, which tensor cores turn for numbers of 16 bits.
@@ -150,8 +173,8 @@ template <int ROWS, int BYTES> struct SwizzledTile {
         return descriptor(at[0] + row * ROW_BYTES, sizeof at[0]);
     }
     // f(to, row, byte) for every chunk of 16 bytes, those of a warpgroup side by side.
-    template <class F> __device__ void each_chunk(F f) {
-#pragma unroll 4
+    template <int UNROLL = 4, class F> __device__ void each_chunk(F f) {
+#pragma unroll UNROLL
         for (int i = threadIdx.x % WARPGROUP; i < ROWS * CHUNKS; i += WARPGROUP) {
             const int row = i / CHUNKS, chunk = i % CHUNKS;
             f(at[chunk / 8] + row * ROW_BYTES + (chunk % 8 ^ row % 8) * 16, row, chunk * 16);

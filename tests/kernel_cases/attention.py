@@ -66,6 +66,7 @@ CASES = [
         mma_kernels="-(bf16|fp16)$",
         cuda_mma="HMMA",
         cuda_mma_kernels="_(bf16|f16)$",
+        on_hopper={"_(bf16|f16)": "HGMMA"},
     ),
     Case(
         "decode_attention",
