@@ -194,14 +194,16 @@ def sanitized(sanitizer: str) -> tuple[list[str], dict[str, str]]:
     return [*fixed, "env", f"LD_PRELOAD={found.stdout.strip()}"], env
 
 
-def replay(library: Path, launches: list, sanitizer: str, short_argument: int | None = None):
-    """Run recorded launches again in a child with ``sanitizer``; its CompletedProcess.
+def replay(library: Path, launches: list, sanitizer: str | None = None,
+           short_argument: int | None = None):  # fmt: skip
+    """Run recorded launches again in a child, perhaps with ``sanitizer``; its CompletedProcess.
 
+    It fails unless every byte comes out as recorded.
     ``short_argument``: the tensor argument whose last 4 bytes are missing.
     """
     with tempfile.TemporaryDirectory() as folder:
         (record := Path(folder, "launches.pickle")).write_bytes(pickle.dumps(launches))
-        command, env = sanitized(sanitizer)
+        command, env = sanitized(sanitizer) if sanitizer else ([], dict(os.environ))
         short = "" if short_argument is None else str(short_argument)
         return subprocess.run([*command, sys.executable, "-c", REPLAY, str(library), str(record),
                                short], env=env, capture_output=True, text=True,

@@ -185,8 +185,8 @@ __device__ void attend(AttentionMemory<T, D>& memory, T* y, int64 y_token, int s
         mask(score, step * TILE_ROWS, row, n);
         softmax.rise(score, n.to_base_two);
         softmax.weigh(score, n.to_base_two);
-        // heads of 128 lack registers for that: ptxas makes their weights after the wait, and what hides
-        // them is the other warpgroup alone
+        // of heads of 128 ptxas makes the weights after the wait, since with them it runs out of
+        // registers before: what hides them is the other warpgroup alone
         if constexpr (D == 64) settle(softmax.total[0] + softmax.total[1]);
         wait_for<0>(out, weights);
         memory.ring.hand_back(at);

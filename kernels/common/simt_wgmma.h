@@ -9,6 +9,7 @@
 #pragma once
 #include <atomic>
 #include <map>
+#include <mutex>
 
 inline unsigned shared_address(const void* p) {  // no multiple of 1024 where the memory starts
     return unsigned(static_cast<const char*>(p) -
@@ -69,10 +70,10 @@ struct Held {  // accumulators on their way: their true values
 struct Lane {
     std::deque<Issued> issued;
     std::map<void*, Held> held;
-    int group = 0;
+    int group = 0, count = 0;  // of groups and products begun
     bool fenced = false;
 };
-struct Operation {  // what the first thread saw at issue
+struct Operation {  // what the first thread to issue it saw
     Operand left, right;
     std::function<Operand(uint64_t)> read_left;
     std::function<Operand(uint64_t)> read_right;
@@ -82,11 +83,14 @@ struct Warpgroup {
     Barrier meet;
     std::array<Lane, 128> lanes;
     std::deque<Operation> operations;
+    int begun = 0;
     explicit Warpgroup(int n) : meet(n) {}
 };
 constexpr unsigned POISON = 0xffc0dead;  // a NaN
 
+inline std::mutex first_come;  // of threads of a warpgroup
 inline Warpgroup& warpgroup() {
+    std::lock_guard lock(first_come);
     while (int(block->warpgroups.size()) <= block->size / 128)
         block->warpgroups.emplace_back(std::make_shared<Warpgroup>(128));
     return *static_cast<Warpgroup*>(block->warpgroups[rank / 128].get());
@@ -149,7 +153,9 @@ void issue(Sum (&d)[N], const unsigned* a, uint64_t left, uint64_t right, bool a
     Issued issued{d, a, {}, left, right, lane.group};
     if (a) std::copy_n(a, 4, issued.registers.begin());
     lane.issued.push_back(issued);
-    if (rank % 128) return;
+    std::lock_guard lock(first_come);
+    if (lane.count++ < group.begun) return;
+    ++group.begun;
     const bool turned = a != nullptr;
     Operation operation;
     operation.read_right = [turned](uint64_t at) { return through(at, 2 * N, turned); };

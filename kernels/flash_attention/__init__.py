@@ -87,7 +87,7 @@ def into_cuda(y, q, k, v, causal, scale) -> None:
 
 
 def _hopper_shared(dim: int) -> int:
-    """Bytes of a tile of 128 queries and five of keys or values, barriers, up to where tiles start."""
+    """Bytes: a tile of 128 queries, five of keys or values, barriers, up to where tiles start."""
     return (1 + 5) * 128 * 2 * dim + 128 + 1024
 
 

@@ -21,12 +21,13 @@ CASES = [
         [*LINEAR, *MANY],
         large=(6, 700, 130),
         shim_shapes=((3, 9, 70), (66, 3, 80)),  # by groups of 16 rows, by tiles of 128
-        shim_elements=5_000_000,
+        shim_elements=160_000,
         archs=("sm_90a",),
         mma={"sm_90a": "QGMMA"},
         mma_kernels="gemm_kernel-",  # not gemm_kernel[half]-, which multiplies fp16
         cuda_mma="HMMA",  # what ptxas makes of mma.sync in e4m3 on sm_90a, after unpacking to fp16
         on_hopper={"gemm_(bf16|f16)": "QGMMA"},
+        hopper_shapes=MANY,
     )
 ]
 
