@@ -13,10 +13,10 @@ from tests import kernel_tools
 CODES = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
 
 
-ROUTES = ["reference", *build.ISA_LEVELS, "cuda_on_host"]
+ROUTES = ["reference", *build.ISA_LEVELS, *kernel_tools.ON_HOST]
 
 
-@pytest.mark.parametrize("rows", [1, 9])  # read as they are, and widened ahead
+@pytest.mark.parametrize("rows", [1, 9, 65])  # read as they are, widened ahead, by whole tiles
 @pytest.mark.parametrize("route", ROUTES)
 def test_every_code_of_a_weight_is_its_number(route, rows, monkeypatch):
     """Among zeros stands one 448, whose row has the scale 1: its column's weights come out."""

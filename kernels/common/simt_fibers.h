@@ -86,6 +86,12 @@ public:
     }
 };
 
+// Returns when ready(), which the doings of others make true: they say so by moved().
+template <class F> void until(F ready) {
+    while (!ready()) team.pass_on();
+}
+inline void moved() { team.moved(); }
+
 // body(i) for every i < size, after enter(i) at each of its turns.
 template <class E, class F> void run_threads(int size, E enter, F body) {
     team.run(size, enter, body);

@@ -68,18 +68,27 @@ def into_cpu(y, q, k, v, causal, scale) -> None:
 
 
 def into_cuda(y, q, k, v, causal, scale) -> None:
-    """Write y (B, H, T, D): a block of 128 threads per 64 queries (32 in fp32)."""
+    """Write y (B, H, T, D): a block of 128 threads per 64 queries (32 in fp32), on Hopper 384 per
+    128."""
     (B, H, T, D), (_, Hkv, S, _) = q.shape, k.shape
     expect(D <= 128, f"impl='cuda' takes a head_dim of up to 128, not {D}; take impl='triton'")
     symbol = f"flash_attention_{64 if D <= 64 else 128}_{SUFFIX[q.dtype]}"
-    kernel = build.cuda_kernel(NAME, symbol, q.device.index or 0)
-    rows = 32 if q.dtype == torch.float32 else 64
+    device = q.device.index or 0
+    kernel = build.cuda_kernel(NAME, symbol, device)
+    wgmma = q.dtype != torch.float32 and build.has_wgmma(device)
+    rows = 32 if q.dtype == torch.float32 else 128 if wgmma else 64
     packs = all(n * q.element_size() % 16 == 0 for n in (*strides(q, k, v), D))
     packs = packs and all(t.data_ptr() % 16 == 0 for t in (q, k, v))
-    build.launch(kernel, (-(-T // rows), H, B), 128, q, k, v, y,
+    build.launch(kernel, (-(-T // rows), H, B), 384 if wgmma else 128, q, k, v, y,
                  *map(ctypes.c_int64, strides(q, k, v, y)), ctypes.c_int(H // Hkv),
                  ctypes.c_int(T), ctypes.c_int(S), ctypes.c_int(D), ctypes.c_int(causal),
-                 ctypes.c_int(packs), ctypes.c_float(scale))  # fmt: skip
+                 ctypes.c_int(packs), ctypes.c_float(scale),
+                 shared=_hopper_shared(64 if D <= 64 else 128) if wgmma else 0)  # fmt: skip
+
+
+def _hopper_shared(dim: int) -> int:
+    """Bytes: a tile of 128 queries, five of keys or values, barriers, up to where tiles start."""
+    return (1 + 5) * 128 * 2 * dim + 128 + 1024
 
 
 def _allocating(into):
