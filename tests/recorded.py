@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._mode_utils import no_dispatch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 ASKED = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
@@ -44,6 +44,13 @@ def storage(t: Tensor) -> int:
     return t.untyped_storage().data_ptr()
 
 
+def asks(func, given: list[Tensor]) -> bool:
+    """Whether the operator's result has a shape, or is a number, that memory decides."""
+    if func is torch.ops.aten.index.Tensor:  # by a mask, not by numbers
+        return any(t.dtype == torch.bool for t in given[1:])
+    return any(tag in func.tags for tag in ASKED)
+
+
 class Recording(TorchDispatchMode):
     """The operators that run inside, with their arguments and results."""
 
@@ -59,8 +66,7 @@ class Recording(TorchDispatchMode):
         if out is not NotImplemented:
             return out
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        masks = func is torch.ops.aten.index.Tensor and any(t.dtype == torch.bool for t in given)
-        if masks or any(tag in func.tags for tag in ASKED if func is not torch.ops.aten.index.Tensor):
+        if asks(func, given):
             raise Synchronized(f"{func} is not permitted while a stream is captured")
         for argument, value in zip(func._schema.arguments, args, strict=False):
             if argument.is_write and isinstance(value, Tensor):
@@ -89,7 +95,7 @@ class Recording(TorchDispatchMode):
 
     def repeat(self) -> None:
         # a graph is launched past torch's dispatcher: nobody who watches it sees the operators
-        with _disable_current_modes():
+        with no_dispatch():
             for func, args, kwargs, made in self.calls:
                 for old, new in zip(made, tree_leaves(func(*args, **kwargs)), strict=True):
                     if old is not None:
@@ -103,13 +109,11 @@ class Recorder:
         self.graphs: list[Recording] = []
 
     def __call__(self, step: Callable[[], None], before: Callable[[], None]) -> Callable[[], None]:
-        before()
-        step()  # compiles and loads, and leaves what it leaves
+        for _ in range(2):  # compiles and loads, and leaves what it leaves
+            before()
+            step()
         recording = Recording()
-        with ExitStack() as modes:
-            modes.enter_context(_disable_current_modes())
-            modes.enter_context(_NoReadingBack())
-            modes.enter_context(recording)
+        with _NoReadingBack(), recording:
             step()
         recording.forget_results()
         self.graphs.append(recording)

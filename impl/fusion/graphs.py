@@ -134,7 +134,7 @@ class GraphStep:
         tables = self.cos[where], self.sin[where]  # (B T, D / 2) fp32
         lengths, mask = positions[:, 0] + T, None
         room = cache.keys[0].shape[2] - cache.max_len
-        if cache.window or T - 1 > room:  # a span cannot say who sees whom: a mask over all slots
+        if cache.window or room < T - 1:  # a span cannot say who sees whom: a mask over all slots
             mask = cache.mask(positions, T, model.norm.weight.dtype)
         x, delta = model.embed(ids), None  # (B, T, C)
         for layer in model.layers:
