@@ -55,7 +55,7 @@ def _prompts_use_our_operator(engine: Engine, run) -> str:
     return f"all {layers} layers of a prompt dispatch flash_attention; {calls} calls in one run"
 
 
-@technique(phase="replace", needs={"generate", "lean", "attention"}, requires={"compiler"},
+@technique(phase="replace", needs={"generate", "lean", "attention"}, requires={"kernels"},
            replaces="prompt attention", fidelity=same_tokens,
            effect=_prompts_use_our_operator)  # fmt: skip
 def flash_attention(engine: Engine) -> Engine:
@@ -151,7 +151,7 @@ def _packed_steps_do_it_already(names: frozenset[str]) -> str | None:
     )
 
 
-@technique(phase="replace", needs={"generate", "lean", "attention"}, requires={"compiler"},
+@technique(phase="replace", needs={"generate", "lean", "attention"}, requires={"kernels"},
            replaces="step attention", fidelity=same_tokens, idle=_packed_steps_do_it_already,
            effect=_steps_read_their_spans)  # fmt: skip
 def decode_attention(engine: Engine) -> Engine:

@@ -188,7 +188,7 @@ def _q_k_v_are_one_product(engine: Engine, run) -> str:
     return f"{proof}; the canonical call reads the joint weights of {len(joint)} layers"
 
 
-def _join_qkv(attention: nn.Module) -> None:
+def join_qkv(attention: nn.Module) -> None:
     """Give the lean decoder's attention one projection in place of three."""
     parts = attention.q_proj, attention.k_proj, attention.v_proj
     widths = [p.out_features for p in parts]
@@ -219,7 +219,7 @@ def fused_qkv(engine: Engine) -> Engine:
     _remember(engine, "fused_qkv")
     for name, module in list(model.named_modules()):
         if isinstance(module, Attention):
-            _join_qkv(module)
+            join_qkv(module)
         elif FusedSelfAttention.takes(module):
             model.set_submodule(name, FusedSelfAttention(module))
     return engine
@@ -264,7 +264,7 @@ def _active_mlps(engine: Engine) -> int:
     return config.num_layers * (config.experts_per_token if config.num_experts else 1)
 
 
-@technique(phase="replace", needs={"generate", "lean"}, requires={"compiler"}, replaces="mlp",
+@technique(phase="replace", needs={"generate", "lean"}, requires={"kernels"}, replaces="mlp",
            fidelity=same_tokens, effect=_gate_and_up_are_one_product)  # fmt: skip
 def fused_mlp(engine: Engine) -> Engine:
     """down(silu(g) u) with [g; u] = [Wg; Wu] x: two products and one operator between them.
