@@ -80,6 +80,10 @@ inline void publish() {
 }
 inline void finish_copies(size_t left) {
     auto& groups = block->copies[rank].groups;  // the last one is open
+#ifdef SIMT_HOPPER  // they take their time: who does not wait for them finds what was there before
+    if (groups.size() > left + 1)
+        for (int turn = 0; turn < 64; ++turn) give_way();
+#endif
     for (; groups.size() > left + 1; groups.pop_front())
         for (const Copy& copy : groups.front()) {
             copy.from ? std::memcpy(copy.to, copy.from, 16) : std::memset(copy.to, 0, 16);

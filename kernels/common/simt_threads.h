@@ -48,7 +48,7 @@ template <class F> void until(F ready) {
         std::this_thread::yield();
     }
 }
-inline void moved() {}
+inline void give_way() { std::this_thread::yield(); }
 
 // body(i) for every i < size, each on a thread of its own after enter(i).
 template <class E, class F> void run_threads(int size, E enter, F body) {

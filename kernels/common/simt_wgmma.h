@@ -254,7 +254,7 @@ inline void arrive(unsigned long long& barrier) {
         then = now - (1ull << 32);
         if ((then >> 32 & 0xffff) == 0) then = (now >> 48 << 48 | now >> 48 << 32) + (now + 1) % (1ull << 32);
     } while (!shared.compare_exchange_weak(now, then));
-    simt::moved();
+    simt::give_way();
 }
 inline void wait_until(unsigned long long& barrier, unsigned parity) {
     simt::until([&] {
