@@ -134,6 +134,8 @@ def flash_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: b
     time, interleaved, 12 heads of 64, causal: 1024 tokens 1.77x in fp32 and 3.52x in bf16, 2048
     tokens 1.59x and 3.16x, 4096 tokens 1.50x and 3.00x; without a mask 1.2 to 1.3x and 2.5 to 2.7x.
     Of the 117 and 234 GFLOP/s that the thread's units could do, up to 0.83 and 0.76.
+    Without AVX-512 (Zen 3, as above), 32 heads of 128 over 8, 512 tokens, causal: 2.2x and 2.7x;
+    12 heads of 64, 1024 tokens, without a mask: 1.2x and 1.4x; bf16 is computed in fp32 there.
     """
     if scale is None:
         scale = q.shape[-1] ** -0.5

@@ -85,6 +85,8 @@ def paged_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
     Returns (B, H, T, D), laid out as (B, T, H, D).  A page that does not exist is refused on the
     CPU; on a GPU, whose host would have to wait to see it, the row becomes NaN.
     Costs a look-up per page over ``decode_attention``; saves the slots that rows never reach.
+    Pages of 16 tokens in random order, one thread of a Zen 3 without AVX-512, heads of 128: 0.77 of
+    a linear read's rate in fp32 and 0.58 in bf16, short of 0.85.
     """
     if scale is None:
         scale = q.shape[-1] ** -0.5
