@@ -1,8 +1,9 @@
 """Are the kernels right?  Every operation, implementation, dtype and shape against fp64.
 
 By default: reference and CPU C++ at every instruction set of this processor, CUDA through the
-host shim, Triton under its interpreter, both compiled for sm_80 and sm_90a with their registers
-held to ``tests/data/kernel_limits``.  On a GPU the same cases run there too.
+host shim (as for sm_80 and, where sm_90a has a path of its own, as for that), Triton under its
+interpreter, both compiled for sm_80 and sm_90a with their registers held to
+``tests/data/kernel_limits``.  On a GPU the same cases run there too.
 With ``--benchmark-only`` they are timed instead, at real shapes.
 
     pytest tests/test_kernels.py                            everything but what is marked slow

@@ -1,11 +1,10 @@
-// Products of rows of bytes on Hopper's tensor cores, for many rows: y = (q w^T) * scale_x * scale +
-// bias as `gemm` of bytes_linear.cuh, by wgmma.  A block of 384 threads: one warpgroup copies tiles of
-// 128 rows, 128 or 256 outputs and 128 inputs into a ring of stages, two multiply them, 64 rows each.
-// There are as many blocks as multiprocessors, or as tiles; a block takes every gridDim.x-th tile, and
-// copies its next while the sums of the last one are written.
-// `F::Tag` says what the bytes are.  Where F::PROMOTES, tensor cores add up 128 products, and their
-// sums are added in fp32: of e4m3 they keep some 13 bits.  One warpgroup multiplies while the other
-// adds.
+// Products of rows of bytes on Hopper's tensor cores, for many rows: y = (q w^T) * scale_x * scale
+// + bias as `gemm` of bytes_linear.cuh, by wgmma.  A block of 384 threads: one warpgroup copies
+// tiles of 128 rows, 128 or 256 outputs and 128 inputs into a ring of stages, two multiply them, 64
+// rows each.  There are as many blocks as multiprocessors, or as tiles; a block takes every
+// gridDim.x-th tile, and copies its next while the sums of the last one are written.  `F::Tag` says
+// what the bytes are.  Where F::PROMOTES, tensor cores add up 128 products, and their sums are
+// added in fp32: of e4m3 they keep some 13 bits.  One warpgroup multiplies while the other adds.
 #pragma once
 #include "bytes_linear.cuh"
 #include "ring.cuh"
@@ -36,7 +35,8 @@ template <int OUTPUTS> struct GemmMemory {
 
 template <int OUTPUTS, class T>
 __device__ void copy_tiles(GemmMemory<OUTPUTS>& memory, const signed char* q, const signed char* w,
-                           const Ends<T>& ends, int K, int padded, bool packs, int down, int across) {
+                           const Ends<T>& ends, int K, int padded, bool packs, int down,
+                           int across) {
     Filler<GemmMemory<OUTPUTS>::STAGES> filler{memory.ring};
     for (int index = blockIdx.x; index < down * across; index += gridDim.x) {
         const GemmTile tile = tile_of(index, down, across);
@@ -102,8 +102,8 @@ __device__ void write(const Ends<T>& ends, const Sum (&sum)[64], int row, int co
 }
 
 template <class F, int OUTPUTS, class T>
-__device__ void multiply_tiles(GemmMemory<OUTPUTS>& memory, const Ends<T>& ends, int padded, int down,
-                               int across) {
+__device__ void multiply_tiles(GemmMemory<OUTPUTS>& memory, const Ends<T>& ends, int padded,
+                               int down, int across) {
     constexpr int HALVES = OUTPUTS / 128;
     const int above = (threadIdx.x / WARPGROUP - 1) * 64;  // of this warpgroup's rows of a tile
     Place<GemmMemory<OUTPUTS>::STAGES> at, before;
@@ -121,8 +121,8 @@ __device__ void multiply_tiles(GemmMemory<OUTPUTS>& memory, const Ends<T>& ends,
                     fence();
 #pragma unroll
                     for (int byte = 0; byte < ROW_BYTES; byte += 32)
-                        wgmma(part, stage.x.rows(above, byte), stage.w.rows(half * 128, byte), byte > 0,
-                              typename F::Tag());
+                        wgmma(part, stage.x.rows(above, byte), stage.w.rows(half * 128, byte),
+                              byte > 0, typename F::Tag());
                     commit();
                     wait_for<0>(part);
                     if (half == HALVES - 1) memory.ring.hand_back(at);
@@ -135,10 +135,10 @@ __device__ void multiply_tiles(GemmMemory<OUTPUTS>& memory, const Ends<T>& ends,
                 for (int byte = 0; byte < ROW_BYTES; byte += 32)
 #pragma unroll
                     for (int half = 0; half < HALVES; ++half)
-                        wgmma(sum[half], stage.x.rows(above, byte), stage.w.rows(half * 128, byte), true,
-                              typename F::Tag());
+                        wgmma(sum[half], stage.x.rows(above, byte), stage.w.rows(half * 128, byte),
+                              true, typename F::Tag());
                 commit();
-                if (first) {  // tensor cores have this step's products before the last one's are over
+                if (first) {  // tensor cores do not run dry: the last step ends during this
                     wait_for<1>();
                     memory.ring.hand_back(before);
                 }
@@ -163,12 +163,13 @@ template <int OUTPUTS> __device__ GemmMemory<OUTPUTS>& gemm_memory() {
 
 // q's rows are filled up to multiples of 128 inputs; `outputs` of a tile: 128 or 256.
 template <class F, class T>
-__device__ void hopper_gemm(const signed char* q, const signed char* w, Ends<T> ends, int K, int padded,
-                            bool packs, int outputs) {
+__device__ void hopper_gemm(const signed char* q, const signed char* w, Ends<T> ends, int K,
+                            int padded, bool packs, int outputs) {
     const bool wide = outputs == 256;
     const int down = (ends.rows + 127) / 128, across = (ends.N + outputs - 1) / outputs;
     if (threadIdx.x == 0)
-        wide ? gemm_memory<256>().ring.set_up_for(2 * 4) : gemm_memory<128>().ring.set_up_for(2 * 4);
+        wide ? gemm_memory<256>().ring.set_up_for(2 * 4)
+             : gemm_memory<128>().ring.set_up_for(2 * 4);
     __syncthreads();
     if (threadIdx.x < WARPGROUP) {
         shrink_to<56>();

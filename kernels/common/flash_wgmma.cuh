@@ -1,14 +1,16 @@
 // softmax(q k^T * scale) v on Hopper: a block of 384 threads has 128 queries.  One warpgroup copies
 // tiles of 128 keys or values into a ring of stages; two multiply, 64 queries each.  Of a step a
-// warpgroup issues the scores of the next keys and the sum over the last values, and makes weights of
-// the scores while tensor cores are still at the values.  The two take turns to issue: one has the
-// tensor cores while the other computes exponentials, of which a multiprocessor makes 16 a cycle.
+// warpgroup issues the scores of the next keys and the sum over the last values, and makes weights
+// of the scores while tensor cores are still at the values (heads of 64; of 128, after them).  The
+// two take turns to issue: one has the tensor cores while the other computes exponentials, of which
+// a multiprocessor makes 16 a cycle.
 //
 //     filled:      keys 0, keys 1, values 0, keys 2, values 1, ... values n - 1
 //     multiplied:  scores 0 | scores 1, sum 0 | scores 2, sum 1 | ... | sum n - 1
 //
-// Scores are of q and keys as they lie; weights go from registers, rounded to T, and meet values that
-// tensor cores turn.  Sources: Shah et al. 2024 (FlashAttention-3), https://arxiv.org/abs/2407.08608
+// Scores are of q and keys as they lie; weights go from registers, rounded to T, and meet values
+// that tensor cores turn.  Sources: Shah et al. 2024 (FlashAttention-3),
+// https://arxiv.org/abs/2407.08608
 #pragma once
 #include "ring.cuh"
 
@@ -68,7 +70,8 @@ struct Softmax {
         for (int half = 0; half < 2; ++half) {
             float most = top[half];
 #pragma unroll
-            for (int i = 2 * half; i < 64; i += 4) most = fmaxf(most, fmaxf(score[i], score[i + 1]));
+            for (int i = 2 * half; i < 64; i += 4)
+                most = fmaxf(most, fmaxf(score[i], score[i + 1]));
             most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
             most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
             keep[half] = power_of_two((top[half] - most) * to_base_two);
@@ -91,7 +94,8 @@ struct Softmax {
     }
 };
 
-// No query looks at keys past the end, nor at later ones than its own; `first` is that of the scores.
+// No query looks at keys past the end, nor at later ones than its own; `first` is that of the
+// scores.
 __device__ inline void mask(float (&score)[64], int first, int row, const AttentionSizes& n) {
     const int after = n.keys - n.queries;
     if (first + TILE_ROWS <= n.keys && !(n.causal && first + TILE_ROWS > after + row + 1)) return;

@@ -1,7 +1,7 @@
-// A ring of stages in shared memory: one warpgroup fills them in turn, others take what is there and
-// hand it back.  An mbarrier per stage and direction counts arrivals; at the last one its phase turns,
-// and who waits for that phase goes on.  Phases are told apart by their parity alone, which is enough
-// because nobody is more than one round ahead.
+// A ring of stages in shared memory: one warpgroup fills them in turn, others take what is there
+// and hand it back.  An mbarrier per stage and direction counts arrivals; at the last one its phase
+// turns, and who waits for that phase goes on.  Phases are told apart by their parity alone, which
+// is enough because nobody is more than one round ahead.
 #pragma once
 #include "wgmma.cuh"
 
@@ -47,8 +47,8 @@ template <int STAGES> struct Ring {
     }
 };
 
-// The side of the ring that fills, 128 threads.  A stage is announced when the copies of LAG more are
-// on their way: each thread waits for its own copies and shows them to the tensor cores.
+// The side of the ring that fills, 128 threads.  A stage is announced when the copies of LAG more
+// are on their way: each thread waits for its own copies and shows them to the tensor cores.
 template <int STAGES> struct Filler {
     static constexpr int LAG = 2;
     static_assert(LAG < STAGES);

@@ -1,10 +1,10 @@
 // Runs an unchanged CUDA kernel on the CPU.  Under a sanitizer a CUDA thread is a thread of the
-// operating system, so that ThreadSanitizer sees a missing barrier and AddressSanitizer an index out
-// of range; else it is a coroutine, and a block of 256 costs no thread and no lock.
-// Include this, then the .cu file, then SIMT_ENTRY(kernel).
-// Blocks run one after another, the last first.  Not modelled: PTX, clusters, partial shuffle masks,
-// races between blocks.  An asynchronous copy happens when it is waited for; mma.cuh and, compiled
-// with SIMT_HOPPER, wgmma.cuh say in C++ what their instructions do.  Shuffles order memory here, on a GPU they do not.
+// operating system, so that ThreadSanitizer sees a missing barrier and AddressSanitizer an index
+// out of range; else it is a coroutine, and a block of 256 costs no thread and no lock.  Include
+// this, then the .cu file, then SIMT_ENTRY(kernel).  Blocks run one after another, the last first.
+// Not modelled: PTX, clusters, partial shuffle masks, races between blocks.  An asynchronous copy
+// happens when it is waited for; mma.cuh and, compiled with SIMT_HOPPER, wgmma.cuh say in C++ what
+// their instructions do.  Shuffles order memory here, on a GPU they do not.
 #pragma once
 #define SIMT_HOST
 #include <algorithm>
@@ -53,7 +53,7 @@ struct Block {
     size_t shared;
     std::unique_ptr<uint64_t[]> bytes;  // dynamic shared memory: starts as NaN, bounds are exact
     std::vector<Copies> copies;         // of each thread
-    std::vector<char> unpublished;      // chunks of 16 bytes of it that tensor cores may not see yet
+    std::vector<char> unpublished;      // 16 bytes each of it that tensor cores may not see yet
     std::deque<std::shared_ptr<void>> warpgroups;  // simt_wgmma.h
     Block(int n, size_t shared)
         : size(n), all(n), shown(n), shared(shared), copies(n), unpublished(shared / 16 + 1),

@@ -44,7 +44,8 @@ public:
 template <class F> void until(F ready) {
     const auto limit = std::chrono::system_clock::now() + patience();
     while (!ready()) {
-        if (std::chrono::system_clock::now() > limit) fail("a barrier that some threads never reach");
+        if (std::chrono::system_clock::now() > limit)
+            fail("a barrier that some threads never reach");
         std::this_thread::yield();
     }
 }

@@ -1,13 +1,15 @@
-// wgmma, mbarriers and the async proxy of Hopper in C++, for the host shim.  What a GPU does at some
-// time between issue and wait is done as late as allowed, and what it would do wrong is an error:
-// - the descriptor is decoded and shared memory read through it, at issue and again at the wait: what
-//   has changed in between, was written too early or lacks fence.proxy.async ends the process;
+// wgmma, mbarriers and the async proxy of Hopper in C++, for the host shim.  What a GPU does at
+// some time between issue and wait is done as late as allowed, and what it would do wrong is an
+// error:
+// - the descriptor is decoded and shared memory read through it, at issue and again at the wait:
+//   what has changed in between, was written too early or lacks fence.proxy.async ends the process;
 // - accumulators are NaN (or a large integer) from issue to wait; touching them, or registers of a,
 //   ends the process;
 // - sums of e4m3 keep 13 bits after the first of the largest term, as DeepSeek-V3's report
-//   (https://arxiv.org/abs/2412.19437, 3.3.2) says of the H800.
+//   (https://arxiv.org/abs/2412.19437, 3.5.2) says of the H800.
 #pragma once
 #include <atomic>
+#include <functional>
 #include <map>
 #include <mutex>
 
@@ -29,11 +31,12 @@ inline const unsigned char* shared_bytes(unsigned address) {
     return reinterpret_cast<const unsigned char*>(block->bytes.get()) + (address - 1040);
 }
 
-// `rows` rows of 32 bytes of the sum through a descriptor; `turned`: numbers of two bytes lie with the
-// rows side by side ("MN-major").
+// `rows` rows of 32 bytes of the sum through a descriptor; `turned`: numbers of two bytes lie with
+// the rows side by side ("MN-major").
 inline Operand through(uint64_t descriptor, int rows, bool turned) {
     const unsigned start = (descriptor & 0x3fff) << 4;
-    const unsigned leading = (descriptor >> 16 & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
+    const unsigned leading = (descriptor >> 16 & 0x3fff) << 4;
+    const unsigned stride = (descriptor >> 32 & 0x3fff) << 4;
     const int mode = descriptor >> 62 & 3;              // none, 128, 64, 32 bytes
     const int bits = mode ? 4 - mode : 0, width = 16 << bits;  // of the swizzle; bytes of its rows
     if (descriptor >> 49 & 7) fail("a base offset of a descriptor is not modelled");
@@ -146,9 +149,10 @@ void issue(Sum (&d)[N], const unsigned* a, uint64_t left, uint64_t right, bool a
     Lane& lane = group.lanes[rank % 128];
     if (!lane.fenced) fail("wgmma without a fence of its registers");
     auto [held, first] = lane.held.try_emplace(d);
-    if (first) held->second.values.assign(reinterpret_cast<unsigned*>(d), reinterpret_cast<unsigned*>(d) + N);
+    unsigned* bits = reinterpret_cast<unsigned*>(d);
+    if (first) held->second.values.assign(bits, bits + N);
     else expect_poison(d, N);
-    std::fill_n(reinterpret_cast<unsigned*>(d), N, POISON);
+    std::fill_n(bits, N, POISON);
     ++held->second.uses;
     Issued issued{d, a, {}, left, right, lane.group};
     if (a) std::copy_n(a, 4, issued.registers.begin());
@@ -192,7 +196,8 @@ inline void complete_one(Warpgroup& group) {
         (!first.from && operation.read_left(first.left) != operation.left))
         fail("shared memory was written before wgmma was waited for");
     if (first.from) operation.left = from_registers(group);
-    for (int thread = 0; thread < 128; ++thread) operation.add_up(operation.left, operation.right, thread);
+    for (int thread = 0; thread < 128; ++thread)
+        operation.add_up(operation.left, operation.right, thread);
     for (Lane& lane : group.lanes) {
         --lane.held.at(lane.issued.front().sums).uses;
         lane.issued.pop_front();
@@ -252,7 +257,8 @@ inline void arrive(unsigned long long& barrier) {
     do {
         if (now >> 48 == 0xffff) simt::fail("an mbarrier that nobody has set up");
         then = now - (1ull << 32);
-        if ((then >> 32 & 0xffff) == 0) then = (now >> 48 << 48 | now >> 48 << 32) + (now + 1) % (1ull << 32);
+        if ((then >> 32 & 0xffff) == 0)  // the last one: as many are due again
+            then = (now >> 48 << 48 | now >> 48 << 32) + (now + 1) % (1ull << 32);
     } while (!shared.compare_exchange_weak(now, then));
     simt::give_way();
 }

@@ -1,6 +1,7 @@
-// Tensor cores of Hopper: wgmma, which 128 threads (a warpgroup: four warps, the first a multiple of
-// four) issue together.  It multiplies tiles in shared memory while the threads go on, and only by it
-// does an H100 or H200 reach its rate; mma.sync has some 60 % of it, and none of that of e4m3.
+// Tensor cores of Hopper: wgmma, which 128 threads (a warpgroup: four warps, the first a multiple
+// of four) issue together.  It multiplies tiles in shared memory while the threads go on, and only
+// by it does an H100 or H200 reach its rate; mma.sync has some 60 % of it, and none of that of
+// e4m3.
 //
 //     fence(d);                                  // registers are ready
 //     wgmma(d, rows_of(a), rows_of(b), add, T()); ...   // d (64, N) += a (64, 32 bytes) b^T
@@ -8,14 +9,15 @@
 //     wait_for<LEFT>(d);                         // all groups but the last LEFT are done
 //
 // Until then nobody may touch d, registers of a, and the tiles.  Thread t of the 128 holds of d the
-// rows t / 32 * 16 + t % 32 / 4 and that + 8, of each 8 columns 2 (t % 4) and the next:
-// `row_of` and `column_of`.
+// rows t / 32 * 16 + t % 32 / 4 and that + 8, of each 8 columns 2 (t % 4) and the next: `row_of`
+// and `column_of`.
 //
-// A tile lies in shared memory as rows of 128 bytes, its start at a multiple of 1024.  Row r keeps its
-// 16-byte chunk c at place c ^ (r % 8) ("128-byte swizzle"), so that eight rows of one chunk are in 32
-// different banks.  Tensor cores undo that by a descriptor: where the tile starts and how far apart its
-// blocks of eight rows are.  Tensor cores read through the "async proxy": what ordinary stores and
-// cp.async have written needs `fence_async_proxy` in the thread that wrote it, before a barrier.
+// A tile lies in shared memory as rows of 128 bytes, its start at a multiple of 1024.  Row r keeps
+// its 16-byte chunk c at place c ^ (r % 8) ("128-byte swizzle"), so that eight rows of one chunk
+// are in 32 different banks.  Tensor cores undo that by a descriptor: where the tile starts and how
+// far apart its blocks of eight rows are.  Tensor cores read through the "async proxy": what
+// ordinary stores and cp.async have written needs `fence_async_proxy` in the thread that wrote it,
+// before a barrier.
 //
 // For sm_90a alone; on the host shim, compiled with SIMT_HOPPER, simt_wgmma.h says in C++ what each
 // instruction does.  Source: PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions".
@@ -65,7 +67,8 @@ template <int LEFT, class... D> __device__ inline void wait_for(D&... d) {
 // Arithmetic that leads to `positive` comes before what follows: ptxas would move it behind a wait,
 // where nothing hides its time.  A branch is what holds it.
 __device__ inline void settle(float positive) {
-    asm volatile("{.reg .pred p; setp.lt.f32 p, %0, 0f00000000; @p trap;}" ::"f"(positive) : "memory");
+    asm volatile("{.reg .pred p; setp.lt.f32 p, %0, 0f00000000; @p trap;}" ::"f"(positive)
+                 : "memory");
 }
 __device__ inline void fence_async_proxy() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -102,8 +105,8 @@ __device__ inline void put(void* to, const Pack<unsigned>& bytes) {
 #define WGMMA_INT(x) "+r"(x)
 #define WGMMA_NEW_INT(x) "=r"(x)
 
-// d (64, 128) = a b^T, + d if `add`; both tiles in shared memory, their rows along the sum.  What d held
-// is no input without `add`: registers would keep it from wherever it was last written.
+// d (64, 128) = a b^T, + d if `add`; both tiles in shared memory, their rows along the sum.  What d
+// held is no input without `add`: registers would keep it from wherever it was last written.
 #define WGMMA_SHARED(Sum, constraint, new_constraint, Type, shape, tail)                         \
     __device__ inline void wgmma(Sum(&d)[64], unsigned long long a, unsigned long long b,        \
                                  bool add, Type) {                                               \
@@ -124,8 +127,8 @@ WGMMA_OF_FLOATS(e4m3, "m64n128k32.f32.e4m3.e4m3", ", 1, 1")
 struct s8 {};
 WGMMA_SHARED(int, WGMMA_INT, WGMMA_NEW_INT, s8, "m64n128k32.s32.s8.s8", "")
 
-// d (64, N) += a b: a (64, 16) from registers, as `mma` of 16 rows a warp takes it; b (16, N) lies with
-// N along its rows, which tensor cores turn for numbers of 16 bits.
+// d (64, N) += a b: a (64, 16) from registers, as `mma` of 16 rows a warp takes it; b (16, N) lies
+// with N along its rows, which tensor cores turn for numbers of 16 bits.
 #define WGMMA_REGISTERS(count, Type, shape, names, outputs, a0, a1, a2, a3, b0)                  \
     __device__ inline void wgmma(float(&d)[count], const unsigned(&a)[4], unsigned long long b,  \
                                  Type) {                                                         \
@@ -151,8 +154,9 @@ __device__ inline int row_of(int i) {
 }
 __device__ inline int column_of(int i) { return i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2; }
 
-// The descriptor of a tile of swizzled rows of 128 bytes, of which blocks of eight follow one another;
-// `leading` bytes lie between its columns of 128 bytes where the instruction takes several.
+// The descriptor of a tile of swizzled rows of 128 bytes, of which blocks of eight follow one
+// another; `leading` bytes lie between its columns of 128 bytes where the instruction takes
+// several.
 __device__ inline unsigned long long descriptor(const void* start, int leading) {
     const unsigned long long swizzle_128 = 1;
     return (shared_address(start) >> 4 & 0x3fff) | (unsigned long long)(leading >> 4) << 16 |

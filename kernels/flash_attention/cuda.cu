@@ -1,8 +1,8 @@
 // softmax(q k^T * scale) v by blocks, 128 threads each: 64 queries and 64 keys on tensor cores in
 // bf16 and fp16 (a warp per 16 queries), 32 queries on CUDA cores in fp32, which tensor cores would
 // round.  Keys of the next block are copied while this one's weights meet the values, and its
-// values while the next scores are made.  On an sm_90a bf16 and fp16 go to flash_wgmma.cuh instead, 128
-// queries and 384 threads a block.  blockIdx: block of queries (the last first), head, batch.
+// values while the next scores are made.  On an sm_90a bf16 and fp16 go to flash_wgmma.cuh instead,
+// 128 queries and 384 threads a block.  blockIdx: block of queries (the last first), head, batch.
 #include "flash_wgmma.cuh"
 #include "mma.cuh"
 
@@ -203,7 +203,7 @@ __device__ void with_cuda_cores(const T* q, const T* k, const T* v, T* y, Places
         if (i * EACH + part < dim) y[row * ys.token + i * EACH + part] = T(out[i] / total);
 }
 
-template <class T> struct Launch {  // queries and threads of a block; blocks of a multiprocessor, of D
+template <class T> struct Launch {  // queries and threads of a block; blocks of a multiprocessor
 #ifdef HOPPER
     static constexpr bool WGMMA = sizeof(T) == 2;
 #else
