@@ -1,4 +1,4 @@
-"""Are rows right at the edges of their number formats?  What the instructions saved there could lose."""
+"""Are rows right at the edges of their number formats, where saved instructions could lose?"""
 
 import pytest
 import torch
