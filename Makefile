@@ -6,12 +6,12 @@ ARGS ?=
 WORKERS ?= $(shell n=$$(nproc); echo $$((n > 4 ? 4 : n)))
 STAMP := $(VENV)/.installed
 
-.PHONY: bench test headline kernels report lint install clean
+.PHONY: bench test headline kernels report lint install compilers clean
 
 bench: install kernels  ## the default profile: table, saved JSON, HTML report (its path comes last)
 	@$(BIN)/python -m reports bench -- $(ARGS)
 
-test: install  ## correctness, effect and quality of the smoke cells, and every other test
+test: compilers  ## correctness, effect and quality of the smoke cells, and every other test
 	@$(BIN)/python -m kernels --every-isa
 	$(BIN)/pytest --profile smoke --benchmark-skip --benchmark-disable -n $(WORKERS) -q $(ARGS)
 
@@ -31,8 +31,14 @@ lint: install
 
 install: $(STAMP)
 
+compilers: $(VENV)/.compilers  ## what compiles CUDA kernels where there is no GPU
+
 $(STAMP): pyproject.toml .ci/constraints.txt .ci/install.py
 	@$(PYTHON) .ci/install.py $(VENV)
+	@touch $@
+
+$(VENV)/.compilers: $(STAMP)
+	@$(PYTHON) .ci/install.py $(VENV) compilers
 	@touch $@
 
 clean:

@@ -1,4 +1,8 @@
-"""Build the virtual environment: ``python .ci/install.py .venv``.
+"""Build the virtual environment: ``python .ci/install.py .venv [compilers]``.
+
+With ``compilers``, those of CUDA too: they need no GPU, and tests compile every CUDA kernel with
+them and run it on the CPU.  Where they do not agree with the CUDA that torch brought, those tests
+skip.
 
 Refuses, with a sentence, a machine on which the study cannot run.  A torch that is already in
 the environment is kept, so that a CPU build stays one.
@@ -14,6 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 EXTRAS = "dev,encoder,peers"
+COMPILERS = "gpu,nvcc"
 
 
 def refuse(why: str) -> None:
@@ -36,8 +41,12 @@ def check_machine() -> None:
         refuse("needs the venv module (Debian and Ubuntu: apt install python3-venv)")
 
 
+def succeeds(*command: str) -> bool:
+    return subprocess.run(command, cwd=ROOT, check=False).returncode == 0
+
+
 def run(*command: str) -> None:
-    if subprocess.run(command, cwd=ROOT, check=False).returncode:
+    if not succeeds(*command):
         refuse(f"failed: {' '.join(command)}")
 
 
@@ -48,7 +57,7 @@ def torch_in(python: Path) -> str | None:
     return found.stdout.strip() or None
 
 
-def main(folder: str) -> None:
+def main(folder: str, compilers: bool) -> None:
     check_machine()
     python = ROOT / folder / "bin" / "python"
     if not python.exists():
@@ -66,7 +75,9 @@ def main(folder: str) -> None:
     if not have:  # first and alone: what depends on torch must not choose another build
         run(*pip, "-c", str(pinned), "torch")
     run(*pip, "-c", str(pinned), "-e", f".[{EXTRAS}]")
+    if compilers and not succeeds(*pip, "-c", str(pinned), "-e", f".[{EXTRAS},{COMPILERS}]"):
+        print(f"install: [{COMPILERS}] does not fit this torch; tests that compile CUDA skip")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], "compilers" in sys.argv[2:])

@@ -21,8 +21,12 @@ def round_up(length: int, multiple: int = BUCKET) -> int:
     return -(-length // multiple) * multiple
 
 
-def preallocated(engine: Engine) -> Callable[[int, int], object]:
+def preallocated(engine: Engine, size: Callable[[int], int] = round_up,
+                 spare: int = 0) -> Callable[[int, int], object]:  # fmt: skip
     """``new_cache(batch, max_len)`` that lends preallocated caches and takes them back.
+
+    size   how many slots a cache of ``max_len`` is given: few sizes are few shapes
+    spare  slots of memory behind them that belong to no position: nobody writes there
 
     A cache belongs to its caller until the caller lets go of it; then the next call of the same
     shape gets the same memory.  What an earlier owner left in it is never seen: a query at
@@ -34,8 +38,12 @@ def preallocated(engine: Engine) -> Callable[[int, int], object]:
     config, dtype, device = engine.model.config, engine.dtype, engine.device
 
     def new_cache(batch: int, max_len: int) -> KVCache:
-        shape = batch, round_up(max_len)
-        kept = idle[shape].pop() if idle[shape] else KVCache(config, *shape, dtype, device)
+        shape = batch, size(max_len)
+        if idle[shape]:
+            kept = idle[shape].pop()
+        else:
+            kept = KVCache(config, batch, shape[1] + spare, dtype, device)
+            kept.max_len = kept.slots = shape[1]
         lent = copy.copy(kept)  # the same tensors
         weakref.finalize(lent, idle[shape].append, kept)
         engine.stats["kv_bytes"] = kept.nbytes

@@ -38,14 +38,25 @@ def has_compiler() -> bool:
     return bool(shutil.which(os.environ.get("CXX", "g++"))) and os.path.exists(headers)  # noqa: PTH110
 
 
+def has_c_compiler() -> bool:
+    """Whether Triton can build the launchers of its kernels: ``$CC``, gcc or clang."""
+    import shutil
+
+    return bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
+
+
 def lacks(requirement: str, device: str = "cpu") -> str | None:
     """Why ``requirement`` is not met when running on ``device``, or None when it is.
 
-    Requirements: ``cuda``, ``sm89`` (a compute capability, on CUDA), ``2gpu``, ``compiler``, an
-    instruction set of ``ISA``, or the name of a package.
+    Requirements: ``cuda``, ``sm89`` (a compute capability, on CUDA), ``2gpu``, an instruction set
+    of ``ISA``, the name of a package, and two that mean something else on each device:
+    ``compiler`` (what torch.compile generates can be built: C++ on a CPU, Triton on CUDA) and
+    ``kernels`` (ours can be built: C++ on a CPU, by NVRTC or Triton on CUDA).
     """
     if requirement == "compiler":
-        return None if has_compiler() else "needs a C++ compiler and Python's headers"
+        return _lacks_triton() if device.startswith("cuda") else _lacks_cpp()
+    if requirement == "kernels":
+        return _lacks_kernels(device)
     if requirement in ISA:
         return None if requirement in cpu_flags() else f"needs {requirement}; this CPU has none"
     if re.fullmatch(r"cuda|sm\d+|\d+gpu", requirement):
@@ -55,6 +66,35 @@ def lacks(requirement: str, device: str = "cpu") -> str | None:
         what = f"the extra [{extra}]" if extra else f"pip install {requirement}"
         return f"needs the package {requirement} ({what})"
     return None
+
+
+def _lacks_cpp() -> str | None:
+    return None if has_compiler() else "needs a C++ compiler and Python's headers"
+
+
+def _lacks_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "needs the package triton (pip install triton)"
+    return None if has_c_compiler() else "needs a C compiler for Triton: install gcc or set CC"
+
+
+def _lacks_kernels(device: str) -> str | None:
+    """A CPU needs a C++ compiler alone; CUDA needs one of the two that our operators have there."""
+    if not device.startswith("cuda"):
+        import shlex
+        import shutil
+
+        command = shlex.split(os.environ.get("CXX") or "g++")
+        found = shutil.which(command[0])
+        return None if found else "needs a C++ compiler; install g++ or set CXX"
+    from kernels.build import lacks_nvrtc
+
+    if lacks_nvrtc("cuda") is None or _lacks_triton() is None:
+        return None
+    return (
+        "needs cuda-core with CUDA's headers (the extra [gpu]), or triton and a C compiler; "
+        "install one of them"
+    )
 
 
 def _lacks_cuda(requirement: str, device: str) -> str | None:

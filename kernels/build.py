@@ -147,9 +147,9 @@ def _compiler_version() -> str:
     return subprocess.run([*(compiler() or ()), "--version"], capture_output=True, text=True).stdout
 
 
-def _headers() -> bytes:
+def _headers(*suffixes: str) -> bytes:
     return b"".join(p.name.encode() + p.read_bytes() for p in sorted(COMMON.iterdir())
-                    if p.suffix in (".h", ".cuh"))  # fmt: skip
+                    if p.suffix in (suffixes or (".h", ".cuh")))  # fmt: skip
 
 
 def _cached(stem: str, suffix: str, *parts: str | bytes) -> Path:
@@ -211,12 +211,12 @@ def call_library(name: str) -> ctypes.CDLL | None:
 
     None where there is no such file, or no torch to build it against (its headers are missing).
     """
-    source, header, torch_home = HERE / name / "call.cpp", COMMON / "torch_call.hpp", TORCH_HOME
+    source, torch_home = HERE / name / "call.cpp", TORCH_HOME
     if not source.exists() or not (torch_home / "include/torch/csrc/stable/c/shim.h").exists():
         return None
     flags = ["-std=c++17", "-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-Wall", f"-I{COMMON}",
              f"-I{torch_home}/include", f"-L{torch_home}/lib", "-ltorch_cpu"]  # fmt: skip
-    return _shared(f"{name}-call", source, flags, header.read_bytes(), torch.__version__)
+    return _shared(f"{name}-call", source, flags, _headers(".hpp"), torch.__version__)
 
 
 def build_all(levels: Sequence[str] = ()) -> dict[str, str]:
@@ -333,9 +333,44 @@ def cuda_kernel(name: str, symbol: str, device: int):
     """The kernel ``symbol`` of ``kernels/<name>/cuda.cu`` for this CUDA device."""
     from cuda.core import ObjectCode
 
+    return ObjectCode.from_cubin(str(cubin(name, cuda_arch(device))[0])).get_kernel(symbol)
+
+
+@functools.cache
+def cuda_arch(device: int) -> str:
+    """What kernels are compiled for on this CUDA device: ``sm_90a``."""
     major, minor = torch.cuda.get_device_capability(device)
-    arch = f"sm_{major}{minor}" + ("a" if major >= 9 else "")
-    return ObjectCode.from_cubin(str(cubin(name, arch)[0])).get_kernel(symbol)
+    return f"sm_{major}{minor}" + ("a" if major >= 9 else "")
+
+
+def has_wgmma(device: int) -> bool:
+    """Whether kernels on this CUDA device use Hopper's own instructions (common/wgmma.cuh)."""
+    return cuda_arch(device) == "sm_90a"
+
+
+@functools.cache
+def multiprocessors(device: int) -> int:
+    """How many there are: blocks that take one each run all at once."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+SHARED_UNASKED = 48 << 10  # bytes of dynamic shared memory that every kernel may have
+
+
+@functools.cache
+def _allow_shared(kernel, size: int, device: int) -> None:
+    """Let ``kernel`` have ``size`` bytes of dynamic shared memory on this CUDA device, for good."""
+    from cuda.bindings import driver
+
+    def checked(code, *found):
+        if code != driver.CUresult.CUDA_SUCCESS:
+            raise KernelError(f"{size} bytes of shared memory are refused ({code.name}); take "
+                              "impl='triton'")  # fmt: skip
+        return found
+
+    (handle,) = checked(*driver.cuDeviceGet(device))
+    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    checked(*driver.cuKernelSetAttribute(attribute, size, kernel.handle, handle))
 
 
 def launch(kernel, grid, block: int, *args, shared: int = 0) -> None:
@@ -347,6 +382,8 @@ def launch(kernel, grid, block: int, *args, shared: int = 0) -> None:
     from cuda.core import LaunchConfig
     from cuda.core import launch as cuda_launch
 
+    if shared > SHARED_UNASKED:
+        _allow_shared(kernel, shared, torch.cuda.current_device())
     cuda_launch(torch.cuda.current_stream(), LaunchConfig(grid=grid, block=block,
                 shmem_size=shared), kernel, *typed(args))  # fmt: skip
 

@@ -1,8 +1,8 @@
 """CPU operators that torch's dispatcher calls in C++, without a word of Python.
 
 A small call through Python takes longer than its row: arguments become Python objects, checks,
-allocation and ctypes look at each, 8 to 12 us in all.  ``kernels/<op>/call.cpp`` does the same in
-under 1, through torch's stable C interface (under a second to compile), and stands in the
+allocation and ctypes look at each, 8 to 30 us in all.  ``kernels/<op>/call.cpp`` does the same in
+about 1, through torch's stable C interface (under a second to compile), and stands in the
 dispatcher, for CPU tensors, before the Python implementation, which stays for all that has no
 such file.  What it computes is what ``cpu.cpp`` computes: it holds the addresses of its functions.
 """

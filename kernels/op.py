@@ -76,16 +76,18 @@ class Op:
         overload = self.overloads[ready(self.name, impl, args[0].device.type)]
         try:
             return overload(*args)
-        except RuntimeError:
-            reason = self._why_refused(*args)
+        except RuntimeError as error:
+            reason = self._why_refused(str(error), *args)
             if reason is None:
                 raise
         raise reason
 
-    def _why_refused(self, *args) -> Exception | None:
-        """The sentence for a call that C++ refused: it has none of its own."""
+    def _why_refused(self, said: str, *args) -> Exception | None:
+        """The sentence for a call that C++ refused: its own for contents, else that of checks."""
         from kernels.calls import failure_of
 
+        if said.startswith(f"{self.name} "):
+            return KernelError(said)
         try:
             self.check(*args)
         except KernelError as reason:

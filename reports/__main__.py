@@ -96,7 +96,8 @@ def check(options: argparse.Namespace) -> int:
 def build(options: argparse.Namespace) -> int:
     from reports.page import build as build_page  # matplotlib is needed here only
 
-    print(build_page(read(options.runs), options.out, newest_runs(PLACES, headline=True)))
+    joined = [*newest_runs(PLACES, "headline"), *newest_runs(PLACES, "kernels")]
+    print(build_page(read(options.runs), options.out, joined))
     return 0
 
 
@@ -152,7 +153,7 @@ def headline(options: argparse.Namespace) -> int:
 def findings(options: argparse.Namespace) -> int:
     from reports.findings import regenerate
 
-    stale = regenerate(read(options.runs), newest_runs(PLACES, headline=True), check=options.check)
+    stale = regenerate(read(options.runs), newest_runs(PLACES, "headline"), check=options.check)
     for path in stale:
         print(f"{'stale' if options.check else 'written'}: {path}")
     return 1 if options.check and stale else 0

@@ -39,7 +39,8 @@ def kernels(run: Run) -> str:
         "128 MB, linear layers on weights that no cache holds. Bytes are each operand's once, "
         "whatever the code really moves; the ceiling is the larger of bytes / bandwidth (of the "
         "copy probe for what is written and as much that is read, of the read probe for the rest) "
-        "and FLOPs / GEMM rate, all measured in this run."
+        "and FLOPs / GEMM rate, all measured in the same run "
+        f"({run.when[:16].replace('T', ' ')}, commit {run.commit_short})."
     )
     return section("kernels", "Kernels", lead, roofline(run, records)
                    + table(HEAD, rows, range(1, len(HEAD)), "kernels"))  # fmt: skip

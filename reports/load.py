@@ -19,6 +19,7 @@ from impl.core import StudyError
 from reports.schema import schema
 
 PLACES = (Path(".benchmarks"), Path("reports/results"))
+KERNEL = "kernel"  # the model of a cell that is one operation
 SCRATCH = Path(".benchmarks/running")  # runs in progress: no one's newest run
 ROUNDING = 1e-6  # of a value: arithmetic in another order moves a metric of fp32 by less
 AXES = ("techniques", "model", "precision", "batch", "device", "workload")
@@ -196,6 +197,14 @@ class Run:
         """Set in a file that `reports headline` wrote from several processes."""
         return self.raw.get("headline")
 
+    @property
+    def about(self) -> str:
+        """What it measured: ``study``, ``kernels`` alone, or ``headline`` cells several times."""
+        if self.headline:
+            return "headline"
+        kernels = self.records and all(r.cell.model == KERNEL for r in self.records)
+        return "kernels" if kernels else "study"
+
     @cached_property
     def hardware(self) -> dict[str, Any]:
         """What must agree before two runs may be compared (hardware and how much of it is used)."""
@@ -205,7 +214,7 @@ class Run:
             "CPU": cpu.get("brand_raw") or cpu.get("brand") or machine.get("processor"),
             "arch": cpu.get("arch") or machine.get("machine"),
             "cores": cpu.get("count"),
-            "ISA": machine.get("isa"),
+            "ISA": (cpu.get("isa") or [""])[-1].upper().replace("_", " "),  # the best comes last
             "threads": machine.get("threads"),
             "GPU": gpu_names(machine),
         }
@@ -214,15 +223,21 @@ class Run:
     @property
     def hardware_name(self) -> str:
         return ", ".join(
-            str(value) if name in ("CPU", "GPU") else f"{value} {name}"
+            f"{value} {name}" if name in ("cores", "threads") else str(value)
             for name, value in self.hardware.items()
             if name != "arch"
         )
 
     @property
     def slug(self) -> str:
-        """A name for folders and anchors: the GPU where there is one, else the CPU."""
-        name = self.hardware.get("GPU") or self.hardware.get("CPU") or "machine"
+        """A name for folders and anchors: the GPU where there is one, else the CPU and its ISA.
+
+        Clouds call processors of several generations by one name: what they can do tells them
+        apart.
+        """
+        hardware = self.hardware
+        name = f"{hardware.get('CPU', 'machine')} {hardware.get('ISA', '')}"
+        name = str(hardware.get("GPU") or name)
         return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
 
 
@@ -350,15 +365,18 @@ def saved_runs(places: Sequence[Path] = PLACES) -> Iterator[Run]:
                     yield load_run(path)
 
 
-def newest_runs(places: Sequence[Path] = PLACES, *, headline: bool = False) -> list[Run]:
-    """The newest run of each machine, by the time stamped in the file; ReportError without any."""
+def newest_runs(places: Sequence[Path] = PLACES, about: str = "study") -> list[Run]:
+    """The newest run of each machine, by the time stamped in the file; newest first.
+
+    ``about``: which runs, as ``Run.about`` says.  ReportError without any of the study.
+    """
     newest: dict[str, Run] = {}
     for run in saved_runs(places):
-        if bool(run.headline) is headline:
+        if run.about == about:
             kept = newest.setdefault(run.hardware_name, run)
             if run.when > kept.when:
                 newest[run.hardware_name] = run
-    if not newest and not headline:
+    if not newest and about == "study":
         raise ReportError(
             f"no saved run below {' or '.join(str(place) + '/' for place in places)}: run "
             "`make bench`, or name a file"

@@ -12,12 +12,13 @@ from reports.load import Run, write_text
 TEMPLATES = Path(__file__).with_name("templates")
 
 
-def build(runs: Sequence[Run], out: Path, repeated: Sequence[Run] = ()) -> Path:
+def build(runs: Sequence[Run], out: Path, joined: Sequence[Run] = ()) -> Path:
     """Write the page of `runs` to `out`/report.html and return its path.
 
-    `repeated` are runs of `reports headline`: each joins the run of the same hardware.
+    `joined` are runs of `reports headline` and of kernels alone: each joins the run of the same
+    hardware that has none of its own.
     """
-    chapters = [chapter(run, out, repeated) for run in runs]
+    chapters = [chapter(run, out, joined) for run in runs]
     many = len(runs) > 1
     if many:
         chapters = [own_names(text, f"run{i}-") for i, text in enumerate(chapters)]
@@ -65,16 +66,27 @@ def summary(run: Run) -> str:
     )
 
 
-def chapter(run: Run, out: Path, repeated: Sequence[Run]) -> str:
+def chapter(run: Run, out: Path, joined: Sequence[Run]) -> str:
     stacks = replace(run, records=[r for r in run.records if not study.is_kernel(r)])
     parts = [question(stacks) for question in sections.QUESTIONS] if stacks.records else []
-    parts.append(kernels.kernels(run))
-    own = [r for r in repeated if r.hardware == run.hardware and r.path != run.path]
-    if own and not run.headline:
-        parts.insert(1, sections.three_processes(own[0]))
-    parts += [evidence.bottlenecks(run), evidence.not_run(run), evidence.cells(run, out),
+    singles, details = run, run
+    if apart := like(run, joined, "kernels"):
+        singles = apart
+        details = replace(run, records=[*run.records, *apart.records])
+    parts.append(kernels.kernels(singles))
+    if repeated := like(run, joined, "headline"):
+        parts.insert(1, sections.three_processes(repeated))
+    parts += [evidence.bottlenecks(run), evidence.not_run(run), evidence.cells(details, out),
               evidence.trust(run), evidence.machine(run)]  # fmt: skip
     return "".join(parts)
+
+
+def like(run: Run, joined: Sequence[Run], about: str) -> Run | None:
+    """The run of the same hardware, about something else, that stands on the page of ``run``."""
+    if run.about != "study" or (about == "kernels" and any(map(study.is_kernel, run.records))):
+        return None
+    own = [r for r in joined if r.about == about and r.hardware == run.hardware]
+    return own[0] if own else None
 
 
 def own_names(text: str, prefix: str) -> str:

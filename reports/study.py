@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from reports.load import Interval, NotRun, Record, Run
+from reports.load import KERNEL, Interval, NotRun, Record, Run
 from reports.schema import higher_is_better, over_budget
 
 PRIMARY = ("perplexity", "accuracy", "retrieval", "cosine", "top1_agreement", "kl")
 PEERS = ("peer_", "bnb_", "torchao_")
 LEAN = "lean_decoder"
-KERNEL = "kernel"
 
 
 def is_peer(record: Record) -> bool:

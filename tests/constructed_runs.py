@@ -178,8 +178,8 @@ def constructed_run(**machine):
     return {
         "machine_info": {
             "processor": "", "machine": "x86_64", "python_version": "3.11.0", "system": "Linux",
-            "cpu": {"arch": "X86_64", "count": 2, "brand_raw": CONSTRUCTED},
-            "torch": "2.13.0", "transformers": "5.23.0", "threads": 2, "isa": "AVX512", **machine,
+            "cpu": {"arch": "X86_64", "count": 2, "brand_raw": CONSTRUCTED, "isa": ["avx2"]},
+            "torch": "2.13.0", "transformers": "5.23.0", "threads": 2, **machine,
         },
         "commit_info": {"id": "0" * 40, "time": None, "dirty": False, "project": "study",
                         "branch": "main"},

@@ -5,6 +5,9 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import torch
+from torch.overrides import TorchFunctionMode
+
 
 class Stream(ThreadPoolExecutor):
     """One queue of work, done in order."""
@@ -61,3 +64,34 @@ class Ticker:
     def work(self, seconds: float) -> None:
         """Let time pass."""
         self.now += seconds
+
+
+class Behind(Ticker, TorchFunctionMode):
+    """A device on a clock: a launch takes no time, and waiting takes that of all launched before.
+
+    Entered, it waits wherever torch would have to: where a tensor's values come to the host.
+    """
+
+    READS = (torch.Tensor.cpu, torch.Tensor.tolist, torch.Tensor.item, torch.Tensor.__bool__,
+             torch.Tensor.__int__)  # fmt: skip
+
+    def __init__(self) -> None:
+        Ticker.__init__(self)
+        TorchFunctionMode.__init__(self)
+        self.pending = 0.0
+
+    def launch(self, seconds: float) -> None:
+        """Let the device have this much to do."""
+        self.pending += seconds
+
+    def finish(self, device: Any = None) -> None:
+        """Wait for the device."""
+        self.work(self.pending)
+        self.pending = 0.0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        to_host = func is torch.Tensor.to and torch.device("cpu") in (*args[1:], *kwargs.values())
+        if func in self.READS or to_host:
+            self.finish()
+        return func(*args, **kwargs)

@@ -68,9 +68,16 @@ def build_shim(name: str, *flags: str) -> Path:
     return path
 
 
+HOPPER = "-DSIMT_HOPPER"  # kernels as for sm_90a: wgmma, mbarriers (common/simt_wgmma.h)
+
+
 @contextlib.contextmanager
-def host_shim(monkeypatch, recorded: list | None = None):
-    """CUDA implementations launch on the CPU inside; launches are appended to ``recorded``."""
+def host_shim(monkeypatch, recorded: list | None = None, *flags: str):
+    """CUDA implementations launch on the CPU inside; launches are appended to ``recorded``.
+
+    As on an sm_80, or with ``HOPPER`` among the compiler's ``flags`` as on an sm_90a, of three
+    multiprocessors.
+    """
 
     def cuda_kernel(name, symbol, device):
         return name, symbol
@@ -81,7 +88,8 @@ def host_shim(monkeypatch, recorded: list | None = None):
         dims = (*(*grid, 1, 1)[:3], block, 1, 1)
         tensors = [a for a in args if isinstance(a, torch.Tensor)]
         before = [_bytes(t) for t in tensors]
-        run_on_host(ctypes.CDLL(str(build_shim(name))), symbol, dims, shared, build.typed(args))
+        library = ctypes.CDLL(str(build_shim(name, *flags)))
+        run_on_host(library, symbol, dims, shared, build.typed(args))
         if recorded is not None:
             after = [_bytes(t) for t in tensors]
             scalars = [None if isinstance(a, torch.Tensor) else (type(a).__name__, a.value)
@@ -91,20 +99,26 @@ def host_shim(monkeypatch, recorded: list | None = None):
     with monkeypatch.context() as patch:
         patch.setattr(build, "cuda_kernel", cuda_kernel)
         patch.setattr(build, "launch", launch)
+        patch.setattr(build, "cuda_arch", lambda device: "sm_90a" if HOPPER in flags else "sm_80")
+        patch.setattr(build, "multiprocessors", lambda device: 3)
         yield
+
+
+# routes of the host shim and their flags
+ON_HOST: dict[str, tuple[str, ...]] = {"cuda_on_host": (), "hopper_on_host": (HOPPER,)}
 
 
 def run_on(op: str, route: str, monkeypatch):
     """The operation by one route on this CPU; skips with a sentence.
 
-    ``route``: ``reference``, ``triton`` (interpreted), ``cuda_on_host``, or an instruction set.
+    ``route``: ``reference``, ``triton`` (interpreted), one of ``ON_HOST``, or an instruction set.
     """
-    if route == "cuda_on_host":
+    if route in ON_HOST:
         if reason := lacks_shim():
             pytest.skip(reason)
 
         def on_host(*args):
-            with host_shim(monkeypatch):
+            with host_shim(monkeypatch, None, *ON_HOST[route]):
                 return OPS[op].functions["cuda"](*args)
 
         return on_host
@@ -180,14 +194,16 @@ def sanitized(sanitizer: str) -> tuple[list[str], dict[str, str]]:
     return [*fixed, "env", f"LD_PRELOAD={found.stdout.strip()}"], env
 
 
-def replay(library: Path, launches: list, sanitizer: str, short_argument: int | None = None):
-    """Run recorded launches again in a child with ``sanitizer``; its CompletedProcess.
+def replay(library: Path, launches: list, sanitizer: str | None = None,
+           short_argument: int | None = None):  # fmt: skip
+    """Run recorded launches again in a child, perhaps with ``sanitizer``; its CompletedProcess.
 
+    It fails unless every byte comes out as recorded.
     ``short_argument``: the tensor argument whose last 4 bytes are missing.
     """
     with tempfile.TemporaryDirectory() as folder:
         (record := Path(folder, "launches.pickle")).write_bytes(pickle.dumps(launches))
-        command, env = sanitized(sanitizer)
+        command, env = sanitized(sanitizer) if sanitizer else ([], dict(os.environ))
         short = "" if short_argument is None else str(short_argument)
         return subprocess.run([*command, sys.executable, "-c", REPLAY, str(library), str(record),
                                short], env=env, capture_output=True, text=True,
@@ -225,6 +241,8 @@ def compile_cuda(name: str, arch: str) -> tuple[str, dict[str, dict[str, int]], 
                  f"-I{build.COMMON}", "-o", f"{folder}/k.{kind}", build.HERE / name / "cuda.cu"],
                 capture_output=True, text=True)  # fmt: skip
             assert done.returncode == 0, f"nvcc {arch}: {done.stderr[-3000:]}"
+            # wgmma one after the other, or registers that no warpgroup hands over
+            assert not re.search(r"C75\d\d|Potential Performance Loss", done.stderr), done.stderr
             return Path(folder, f"k.{kind}"), done.stderr
 
         cubin, log = compiled("cubin", f"-gencode=arch=compute_{number},code={arch}",
@@ -239,8 +257,12 @@ def compile_cuda(name: str, arch: str) -> tuple[str, dict[str, dict[str, int]], 
 
 
 MMA = re.compile(r"\b(HGMMA|HMMA|IMMA|QGMMA|IGMMA)\b")  # in machine code
-PTX_MMA = re.compile(r"\bmma\.sync\.aligned\.\w+\.row\.col\.(f32|s32)\b")
-IN_PTX = {"f32": "HMMA", "s32": "IMMA"}
+PTX_MMA = re.compile(
+    r"\b(?:mma\.sync\.aligned\.\w+\.row\.col\.|wgmma\.mma_async\.sync\.aligned\.\w+\.)"
+    r"([fs]32(?=\.\w+\.\w+\.[fs]32\b)|f32\.e4m3|f32\.b?f16|s32\.s8)"
+)
+IN_PTX = {"f32": "HMMA", "s32": "IMMA", "f32.bf16": "HGMMA", "f32.f16": "HGMMA",
+          "f32.e4m3": "QGMMA", "s32.s8": "IGMMA"}  # fmt: skip
 
 
 def disassembler() -> Path | None:

@@ -1,11 +1,17 @@
 """When does a scheduler see a request, start a batch, and wait for the device?"""
 
+import contextlib
+import time
+
 import pytest
 import torch
 
+from impl import baseline
+from impl.batching import continuous, replay, schedulers
 from impl.batching.continuous import serve_continuous
 from impl.batching.replay import Arrivals, Clock, Pace
 from impl.batching.schedulers import serve_static
+from tests.emulated import Behind
 from tests.test_serving import check, requests_of, serving, small_model
 
 
@@ -115,3 +121,55 @@ def test_a_token_is_due_where_a_request_begins_or_ends(model, monkeypatch):
     with serving(model, "continuous_batching", batch=2) as engine:
         engine.serve(requests_of((4, 5), (6, 3)))
     assert waits == [True, False, True, False, True]
+
+
+@pytest.fixture
+def behind(monkeypatch):
+    """``behind(*names)``: an engine whose forwards take a second each on an asynchronous device."""
+    device, open_ = Behind(), contextlib.ExitStack()
+
+    def make(*names):
+        engine = open_.enter_context(serving(model, *names, batch=2))
+        engine.model.register_forward_pre_hook(lambda *_: device.launch(1.0))
+        for module in (baseline, continuous, replay, schedulers):
+            monkeypatch.setattr(module, "finish", device.finish)
+        monkeypatch.setattr(time, "perf_counter", device)
+        open_.enter_context(device)
+        return device, engine
+
+    model = small_model()
+    with open_:
+        yield make
+
+
+def test_one_by_one_tokens_are_there_when_they_are_computed(behind):
+    _, engine = behind("lean_decoder")
+    answers = engine.serve(requests_of((5, 4), (6, 2)))
+    assert [a.first_token_s for a in answers] == [1.0, 5.0]
+    assert [a.done_s for a in answers] == [4.0, 6.0]
+
+
+def test_a_token_that_is_only_launched_is_noticed(behind, monkeypatch):
+    _, engine = behind("lean_decoder")
+    monkeypatch.setattr(baseline, "finish", lambda device: None)
+    answers = engine.serve(requests_of((5, 4), (6, 2)))
+    assert [a.first_token_s for a in answers] == [0.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("static_batching",), ("continuous_batching",), ("continuous_batching", "static_kv_cache")],
+    ids="+".join,
+)
+def test_scheduled_tokens_are_there_when_they_are_computed(behind, names):
+    """Prompts first, then a second for each token; nothing is left that is only launched."""
+    device, engine = behind(*names)
+    launched = []
+    engine.model.register_forward_pre_hook(lambda *_: launched.append(device.now + device.pending))
+    answers = engine.serve(requests_of((5, 4), (6, 4), (7, 1)))
+    assert device.pending == 0.0
+    assert max(a.done_s for a in answers) == len(launched)
+    for a in answers:
+        new = len(a.ids) - {0: 5, 1: 6, 2: 7}[a.id]
+        assert a.first_token_s >= 1.0
+        assert a.done_s - a.first_token_s >= new - 1

@@ -141,6 +141,30 @@ def test_slots_beyond_the_length_are_never_read(dtype):
     assert not clean[0, :, 0].any()  # the first of two tokens in a row of one sees nothing
 
 
+@pytest.mark.parametrize("level", build.isas())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_infinite_value_in_the_last_slot_is_what_comes_out(level, dtype):
+    q, keys, values = cached(2, 3, 1, 1, 42, 40, dtype)  # no whole vector of keys, nor of numbers
+    values[:, :, 41] = torch.inf  # must not be what fills the last vector up, with a weight of 0
+    with build.isa(level):
+        got = decode_attention(q, keys, values, torch.tensor([42, 42]), impl="cpu")
+    assert (got == torch.inf).all()
+
+
+@pytest.mark.parametrize("level", build.isas())
+def test_a_nan_of_any_bits_stays_one_and_what_is_far_below_the_best_is_nothing(level):
+    q, k, v = (random(1, 1, 32, 16, seed=i) for i in range(3))
+    # 0x7fc00001: exponents are shifted into place, and must not be shifted into a NaN
+    q[0, 0, 3, 5] = torch.tensor(0x7FC00001, dtype=torch.int32).view(torch.float32)
+    k[0, 0, 7] = 1e4 * torch.ones(16)
+    q[0, 0, 9] = -1.0  # looks away from key 7
+    with build.isa(level):
+        got = flash_attention(q, k, torch.zeros_like(v).index_fill(2, torch.tensor([7]), 1e30),
+                              causal=False, scale=1.0, impl="cpu")  # fmt: skip
+    assert got[0, 0, 3].isnan().all()
+    assert not got[0, 0, 9].any()  # e^-160000 times 1e30
+
+
 @pytest.mark.parametrize("page", [1, 3, 20, 600])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_pages_are_the_same_bits_as_a_row(dtype, page):

@@ -58,7 +58,7 @@ def test_headline_measures_three_fresh_processes(fake_pytest, monkeypatch, capsy
     assert not list(measure.SCRATCH.glob("*"))
     with pytest.raises(ReportError):  # a headline is no run of the whole profile
         newest_runs()
-    assert newest_runs(headline=True)
+    assert newest_runs(about="headline")
 
 
 def test_a_run_that_saved_nothing_is_said(monkeypatch, tmp_path, capsys):

@@ -13,10 +13,10 @@ from tests import kernel_tools
 CODES = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
 
 
-ROUTES = ["reference", *build.ISA_LEVELS, "cuda_on_host"]
+ROUTES = ["reference", *build.ISA_LEVELS, *kernel_tools.ON_HOST]
 
 
-@pytest.mark.parametrize("rows", [1, 9])  # read as they are, and widened ahead
+@pytest.mark.parametrize("rows", [1, 9, 65])  # read as they are, widened ahead, by whole tiles
 @pytest.mark.parametrize("route", ROUTES)
 def test_every_code_of_a_weight_is_its_number(route, rows, monkeypatch):
     """Among zeros stands one 448, whose row has the scale 1: its column's weights come out."""
@@ -75,11 +75,12 @@ def test_what_is_emulated_says_so():
     assert fp8_linear.EMULATED == ("reference", "cpu")
     if reason := build.lacks_compiler():
         pytest.skip(reason)
-    from tests.kernel_speed import KernelCell, proof
+    from tests.kernel_speed import KernelCell, proof, variant_of
 
     args = (torch.randn(1, 8), *fp8_linear.quantize(torch.randn(3, 8)), None)
     cell = KernelCell("fp8_linear", "cpu", "fp32", (1, 3, 8))
-    words = proof(cell, lambda: fp8_linear.fp8_linear(*args, impl="cpu"), [])
+    call, _ = variant_of(cell, args)
+    words = proof(cell, lambda: call(*args), [])
     assert words.startswith("C function fp8_linear_emulated_f32 for ")
 
 

@@ -10,7 +10,7 @@ import torch
 
 from impl.models.kv_cache import KVCache
 from kernels import build, huge_pages
-from kernels.decode_step import DecodeStep
+from kernels.decode_step import DecodeStep, is_far
 from kernels.huge_pages import COLLAPSE, to_huge_pages
 from tests.plugins.memory import weight_bytes
 from tests.test_decode_step import decoder
@@ -150,3 +150,20 @@ def test_weights_on_huge_pages_go_with_the_step():
     del step
     gc.collect()
     assert not mapped(address)
+
+
+def test_nothing_is_fetched_ahead_from_memory_on_huge_pages():
+    beyond = 1 << 34  # no cache holds it
+    assert is_far(beyond, beyond)
+    assert not is_far(beyond, beyond // 2), "half of it is on ordinary pages"
+    assert not is_far(1 << 20, 1 << 20), "a cache holds it"
+
+
+@torch.inference_mode()
+def test_how_weights_are_read_changes_no_bit():
+    step = DecodeStep(decoder())
+    ids = torch.arange(6).reshape(2, 3)
+    answers = []
+    for step.model.far in (0, 1):
+        answers.append(step(ids, 0, KVCache(step.config, 2, 8)))
+    assert torch.equal(*answers)

@@ -1,6 +1,7 @@
 """Are kernels timed as they should be?  Selection, inputs, rivals and checks of kernel_speed."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -196,6 +197,21 @@ def test_a_peer_that_computes_something_else_fails_the_cell(monkeypatch):
     with_peer(monkeypatch, wrong=Rival(lambda x, weight, eps: x))
     with pytest.raises(Disagrees, match=r"wrong is .* dB from the operation"):
         measured(SMALL)
+
+
+def test_a_peer_that_computes_no_numbers_fails_the_cell(monkeypatch):
+    with_peer(monkeypatch, wrong=Rival(lambda x, weight, eps: torch.full_like(x, math.nan)))
+    with pytest.raises(Disagrees, match="wrong is -inf dB from the operation"):
+        measured(SMALL)
+
+
+def test_of_a_large_answer_every_column_is_looked_at():
+    right = torch.randn(4 * kernel_speed.LOOKED_AT // 4096, 4096)
+    for column in (0, 1, 4095):
+        wrong = right.clone()
+        wrong[:, column] = 100.0
+        assert kernel_speed.sqnr(right.clone(), right) == math.inf
+        assert kernel_speed.sqnr(wrong, right) < 10
 
 
 def test_an_absent_peer_is_named_and_the_fastest_stands(monkeypatch):

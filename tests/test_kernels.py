@@ -1,8 +1,9 @@
 """Are the kernels right?  Every operation, implementation, dtype and shape against fp64.
 
 By default: reference and CPU C++ at every instruction set of this processor, CUDA through the
-host shim, Triton under its interpreter, both compiled for sm_80 and sm_90a with their registers
-held to ``tests/data/kernel_limits``.  On a GPU the same cases run there too.
+host shim (as for sm_80 and, where sm_90a has a path of its own, as for that), Triton under its
+interpreter, both compiled for sm_80 and sm_90a with their registers held to
+``tests/data/kernel_limits``.  On a GPU the same cases run there too.
 With ``--benchmark-only`` they are timed instead, at real shapes.
 
     pytest tests/test_kernels.py                            everything but what is marked slow
@@ -29,19 +30,19 @@ if build.interpreting():
     triton_tools.mend_interpreter()
 
 CPU_ROUTES = ["cpu", "cpu_avx512_vnni", "cpu_avx2", "cpu_plain"]
-ROUTES = [*CPU_ROUTES, "triton", "cuda", "cuda_on_host"]
+ROUTES = [*CPU_ROUTES, "triton", "cuda", *kernel_tools.ON_HOST]
 
 
 @contextlib.contextmanager
 def route_open(op: str, route: str, monkeypatch):
     """Inside, ``run(*args)`` computes ``op`` by ``route``; skips with a sentence if it cannot."""
-    impl = route.split("_")[0]
+    impl = "cuda" if route in kernel_tools.ON_HOST else route.split("_")[0]
     if impl not in OPS[op].functions:
         pytest.skip(f"{op} has no {impl} implementation")
-    if route == "cuda_on_host":
+    if route in kernel_tools.ON_HOST:
         if reason := kernel_tools.lacks_shim():
             pytest.skip(reason)
-        with kernel_tools.host_shim(monkeypatch):
+        with kernel_tools.host_shim(monkeypatch, None, *kernel_tools.ON_HOST[route]):
             yield OPS[op].functions["cuda"]
         return
     if impl in ("triton", "cuda"):
@@ -79,7 +80,10 @@ def cases(routes=ROUTES):
         for route in routes:
             for dtype in case.dtypes:
                 for shape in case.shapes:
-                    if route == "cuda_on_host" and not case.fits_shim(shape):
+                    small = route not in kernel_tools.ON_HOST or case.fits_shim(shape)
+                    if route == "hopper_on_host":
+                        small = case.on_hopper and (small or shape in case.hopper_shapes)
+                    if not small:
                         continue
                     name = "x".join(map(str, shape))
                     yield pytest.param(case, route, dtype, shape,
@@ -299,7 +303,9 @@ def test_cuda_compiles_within_its_limits(op, arch):
     matrix = [k for k in opcodes if wanted and re.search(CASES[op].cuda_mma_kernels, k)]
     assert bool(matrix) == bool(wanted)
     for kernel in matrix:
-        assert wanted in opcodes[kernel], f"{kernel} uses no {wanted} on {arch}: {opcodes[kernel]}"
+        own = [o for name, o in CASES[op].on_hopper.items() if re.search(f"{name}$", kernel)]
+        opcode = own[0] if own and arch == "sm_90a" else wanted
+        assert opcodes[kernel] == [opcode], f"{kernel} uses no {opcode} on {arch}"
 
 
 def test_opcodes_are_found_in_ptx_where_nothing_disassembles(monkeypatch):
@@ -309,6 +315,9 @@ def test_opcodes_are_found_in_ptx_where_nothing_disassembles(monkeypatch):
     _, _, opcodes = kernel_tools.compile_cuda("w8a8_linear", "sm_80")
     assert opcodes["w8a8_linear_gemm_bf16"] == opcodes["w8a8_linear_few_f32"] == ["IMMA"]
     assert opcodes["w8a8_linear_quantize_bf16"] == []
+    _, _, opcodes = kernel_tools.compile_cuda("w8a8_linear", "sm_90a")
+    assert opcodes["w8a8_linear_gemm_bf16"] == ["IGMMA"]
+    assert opcodes["w8a8_linear_few_bf16"] == ["IMMA"]
 
 
 @pytest.mark.parametrize("op", WITH_CUDA)

@@ -215,6 +215,48 @@ def test_missing_hardware_is_a_sentence(register):
     assert matrix.missing(cell, SPECS["lm_small"]) == "on_gpu needs cuda; this runs on cpu"
 
 
+NO_TRITON = "needs the package triton (pip install triton)"
+NO_CC = "needs a C compiler for Triton: install gcc or set CC"
+NO_CXX = "needs a C++ compiler; install g++ or set CXX"
+NEITHER = (
+    "needs cuda-core with CUDA's headers (the extra [gpu]), or triton and a C compiler; install "
+    "one of them"
+)
+
+
+@pytest.mark.parametrize(("here", "compiler_on_cuda", "kernels_on_cuda", "kernels_on_cpu"), [
+    ({"g++"}, NO_TRITON, NEITHER, None),
+    ({"g++", "triton"}, NO_CC, NEITHER, None),
+    ({"triton", "gcc"}, None, None, NO_CXX),
+    ({"cuda", "cuda.core"}, NO_TRITON, None, NO_CXX),
+    ({"triton", "clang", "g++", "cuda", "cuda.core"}, None, None, None),
+], ids=lambda value: "+".join(sorted(value)) if isinstance(value, set) else "")  # fmt: skip
+def test_what_builds_code_is_asked_of_the_device(here, compiler_on_cuda, kernels_on_cuda,
+                                                 kernels_on_cpu, monkeypatch):  # fmt: skip
+    """A GPU's code is not compiled by the C++ compiler that a CPU's needs."""
+    from impl import machine
+    from kernels import build
+
+    for variable in ("CC", "CXX"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr("shutil.which", lambda name: name if name in here else None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name in here else None)
+    monkeypatch.setattr(build, "cuda_include", lambda: "headers")
+    assert machine.lacks("compiler", "cuda:1") == compiler_on_cuda
+    assert machine.lacks("kernels", "cuda") == kernels_on_cuda
+    assert machine.lacks("kernels", "cpu") == kernels_on_cpu
+
+
+def test_steps_on_cuda_ask_for_no_cpp_compiler(monkeypatch):
+    from impl import machine
+
+    monkeypatch.setattr(machine, "_lacks_kernels", lambda device: f"has none for {device}")
+    for device in ("cpu", "cuda"):
+        why = matrix.missing(Cell(stack("decode_step"), "lm_small", "fp32", 1), SPECS["lm_small"],
+                             device)  # fmt: skip
+        assert why == f"decode_step has none for {device}"
+
+
 def test_a_missing_package_names_the_extra(register):
     t = register("with_package", requires={"no_such_package"})
     why = matrix.missing(Cell((t,), "lm_small", "fp32", 1), SPECS["lm_small"])

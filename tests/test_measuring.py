@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.emulated import Ticker
+from tests.plugins import ceilings as probes
 from tests.plugins import machine, memory, tokens
 from tests.plugins.ceilings import Ceilings, Limit, last_level_cache, probe
 
@@ -79,6 +80,32 @@ def test_the_probes_of_this_machine_are_plausible():
     assert all(1e9 < p["bytes_per_s"] < 1e13 for p in (*found["read"], found["copy"]))
     assert 1e9 < found["gemm"]["fp32"]["flops_per_s"] < 1e15
     assert max(p["working_set_bytes"] for p in found["read"]) >= 4 * last_level_cache()
+
+
+def test_a_product_without_instructions_is_probed_small(monkeypatch):
+    """A full-size probe of one took seconds: half a minute of each run on a CPU without bf16."""
+    sizes: dict[str, set] = {"quick": set(), "slow": set()}
+
+    def products(device, dtype, n):
+        def slow():
+            sizes["slow"].add(n)
+            time.sleep(2 * n**3 / (probes.SLOW / 4))
+
+        yield "quick", lambda: sizes["quick"].add(n)
+        yield "slow", slow
+
+    monkeypatch.setattr(probes, "_products", products)
+    found = probes._gemm("cpu", "bf16", 0.001)
+    assert found["path"] == "quick"
+    assert sizes == {"quick": {256, 1024}, "slow": {256}}
+    monkeypatch.setattr(probes, "_products", lambda *args: list(products(*args))[1:])
+    found = probes._gemm("cpu", "bf16", 0.001)
+    assert found["path"] == "slow"
+    assert found["flops_per_s"] == pytest.approx(probes.SLOW / 4, rel=0.5)
+
+
+def test_int8_is_probed_by_what_is_quick_without_vnni():
+    assert "onednn" in dict(probes._products("cpu", "int8", 64))
 
 
 # ---- bytes -------------------------------------------------------------------------------

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from reports import compare as comparing
 from reports import merge, page, schema, study
-from reports.load import load_run
+from reports.load import ReportError, load_run, newest_runs
 from tests import chromium
 from tests.constructed_runs import (
     STACK,
@@ -32,6 +33,20 @@ def test_a_run_is_named_after_its_cpu(constructed, run_of):
     run["machine_info"]["cpu"] = {"brand": "Constructed CPU", "arch": "X86_64", "count": 2}
     run["machine_info"]["gpu"] = None
     assert run_of(run).slug == "constructed-cpu"
+
+
+def test_processors_of_one_name_are_told_apart_by_what_they_can_do(constructed, run_of, tmp_path):
+    """Clouds call several generations by one name: neither is compared with or shown as another."""
+    run = json.loads(json.dumps(constructed))
+    run["machine_info"]["cpu"]["isa"] = ["avx2", "avx512f", "avx512_bf16"]
+    old, new = run_of(constructed), run_of(run)
+    assert new.slug == f"{old.slug.removesuffix('-avx2')}-avx512-bf16"
+    assert "AVX512 BF16" in new.hardware_name
+    with pytest.raises(ReportError, match="differ in ISA"):
+        comparing.compare(old, new)
+    for name, each in (("old", old), ("new", new)):
+        save(tmp_path / f"{name}.json", each.raw)
+    assert len(newest_runs([tmp_path])) == 2
 
 
 def test_winners_lose_nothing_or_stay_in_budget(constructed, run_of):
@@ -138,7 +153,7 @@ def test_text_from_a_run_is_escaped(small, run_of, tmp_path):
 def test_two_machines_stand_on_one_page(small, run_of, tmp_path):
     runs = [
         run_of(small),
-        run_of({**small, "machine_info": {**small["machine_info"], "isa": "AVX2"}}),
+        run_of({**small, "machine_info": {**small["machine_info"], "threads": 1}}),
     ]
     text = page.build(runs, tmp_path).read_text(encoding="utf-8")
     assert text.count("<article") == 2

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from reports import kernels, page, schema, study
-from reports.load import load_run
+from reports.load import load_run, newest_runs
 from tests.constructed_runs import constructed_run, kernel_record, kernel_run, save
 
 
@@ -48,6 +48,23 @@ def test_the_roofline_draws_every_cell_under_every_measured_roof(run):
     numbers = re.findall(r"var\(--card\)[^>]*>(\d)</text>", picture)
     assert sorted(numbers) == ["1", "2", "2", "2", "2"], "a number per cell, the operation's"
     assert re.findall(r"<li>(\w+)</li>", html) == ["int8_linear", "rms_norm"]
+
+
+def test_a_later_run_of_kernels_joins_the_study_of_its_machine(run, tmp_path):
+    """It is no newer study: that one's tables stay, and the kernels stand beside them."""
+    studied = load_run(save(tmp_path / "study.json", {**constructed_run(), "datetime": "1999"}))
+    assert (run.about, studied.about) == ("kernels", "study")
+    assert [found.path for found in newest_runs([tmp_path])] == [studied.path]
+    assert [found.path for found in newest_runs([tmp_path], "kernels")] == [run.path]
+    text = page.build([studied], tmp_path, [run]).read_text(encoding="utf-8")
+    shown = re.findall(r'<section id="([\w-]+)"', text)
+    assert {"headline", "kernels", "cells"} <= set(shown)
+    for record in (*run.records, *studied.records):
+        assert text.count(f'id="{kernels.markup.anchor(record)}"') == 1
+    elsewhere = {**kernel_run(), "machine_info": {**run.machine, "threads": 16}}
+    other = load_run(save(tmp_path / "other.json", elsewhere))
+    text = page.build([studied], tmp_path, [other]).read_text(encoding="utf-8")
+    assert "kernels" not in re.findall(r'<section id="([\w-]+)"', text)
 
 
 def test_a_page_of_kernels_alone_has_no_empty_sections(run, tmp_path):

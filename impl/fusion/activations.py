@@ -83,7 +83,7 @@ def _bias_and_gelu_are_one_pass(engine: Engine, run) -> str:
     return f"{proof}; {before - now} copies less in the profiler's trace"
 
 
-@technique(phase="replace", needs={"gelu"}, requires={"compiler"}, fidelity=same_tokens,
+@technique(phase="replace", needs={"gelu"}, requires={"kernels"}, fidelity=same_tokens,
            effect=_bias_and_gelu_are_one_pass)  # fmt: skip
 def gemm_bias_act(engine: Engine) -> Engine:
     """gelu(x W^T + b): the bias joins the activation's pass over the product's output.

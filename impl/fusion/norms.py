@@ -102,7 +102,7 @@ def _norms_are_one_operator_each(engine: Engine, run) -> str:
     return f"{proof}; {used} in one run"
 
 
-@technique(phase="replace", needs={"attention"}, requires={"compiler"}, replaces="norms",
+@technique(phase="replace", needs={"attention"}, requires={"kernels"}, replaces="norms",
            fidelity=same_tokens, effect=_norms_are_one_operator_each)  # fmt: skip
 def fused_norm(engine: Engine) -> Engine:
     """(x + d, norm(x + d) w) in one pass: x and d read once, each of the two written once.
@@ -117,10 +117,15 @@ def fused_norm(engine: Engine) -> Engine:
     Source: Zhang and Sennrich 2019 (RMSNorm), https://arxiv.org/abs/1910.07467; Hsu et al. 2024
     (Liger kernels, the fused form), https://arxiv.org/abs/2410.10989
     """
+    remember(engine, "fused_norm")
+    fuse_norms(engine.model)
+    return engine
+
+
+def fuse_norms(model: nn.Module) -> None:
+    """Put ours in place of the model's norms, and the additions of a lean decoder into them."""
     from impl.models.decoder import LeanDecoder, RMSNorm
 
-    model = engine.model
-    remember(engine, "fused_norm")
     for name, module in list(model.named_modules()):
         if isinstance(module, RMSNorm):
             model.set_submodule(name, FusedRMSNorm(module))
@@ -131,4 +136,3 @@ def fused_norm(engine: Engine) -> Engine:
         model.layers = nn.ModuleList(
             FusedNormLayer(layer, i == last) for i, layer in enumerate(model.layers)
         )
-    return engine

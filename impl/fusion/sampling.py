@@ -36,7 +36,7 @@ def _tokens_without_logits(engine: Engine, run) -> str:
     return f"{' without; '.join(proofs)} without; {used} tokens in one run"
 
 
-@technique(phase="decode", needs={"generate", "lean"}, requires={"compiler"},
+@technique(phase="decode", needs={"generate", "lean"}, requires={"kernels"},
            replaces=("decode", "compiler", "weights", "head"), fidelity=same_tokens,
            effect=_tokens_without_logits)  # fmt: skip
 def fused_sampling(engine: Engine) -> Engine:

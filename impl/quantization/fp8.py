@@ -112,7 +112,7 @@ def fp8_dynamic(engine: Engine) -> Engine:
     widening to bf16 or fp32, and the effect says so; nor where int8 is as fast and nearer.
     Measured (fp32, the texts of the smoke profile): the perplexity of `lm_small` rises by 0.57 %,
     KL divergence 0.005; `minilm`'s cosine is 0.998.
-    ``decode_step`` does not hold it: it takes int8 or int4 weights.
+    On a CPU ``decode_step`` does not hold it: it takes int8 or int4 weights there.
     Source: Micikevicius et al. 2022 (FP8 formats), https://arxiv.org/abs/2209.05433
     """
     quantize_modules(engine.model, Fp8Linear, Int8Conv2d, Fp8Embedding)

@@ -180,7 +180,7 @@ def int4_dynamic_g32(engine: Engine) -> Engine:
     four bits to read, and a few instructions a cache line instead of widening to floats.  Does not
     where int8 runs at no higher rate than floats, nor for layers so small that quantizing the
     activations takes as long as they do.
-    ``decode_step`` does not hold it: it takes ``int4_weight_only_g32``.
+    On a CPU ``decode_step`` does not hold it: it takes ``int4_weight_only_g32`` there.
     Source: Zhao et al. 2024 (Atom, grouped 4-bit weights, low-bit activations),
     https://arxiv.org/abs/2310.19102
     """

@@ -3,30 +3,12 @@
 // takes a chunk, and the chunks of a row are merged in their order, so that results depend neither
 // on the number of threads nor on the other rows.  A row's cache without pages is one long page.
 #pragma once
-#include <atomic>
-#include <memory>
-#include "softmax.h"
+#include "cache_streams.h"
 
-struct Cached {
-    int64_t batch, heads, kv_heads, queries, dim;
-    int64_t blocks, page, max_blocks;       // pages there are; tokens in one; most in a row
-    int64_t k[3], v[3], q[3], y[3];         // elements from one (page or row, head, token) to the next
-};
-constexpr int64_t CHUNK = 512;  // keys of a unit of work
 constexpr int64_t BLOCK = 64;   // keys whose scores are held at once; a multiple of LANES
 // Keys between the one that is read and the one that is fetched.  Into the second-level cache: it was
 // 1.4 to 1.7 times the bytes a second that fetching into the first gave, which was as good as none.
 constexpr int64_t AHEAD = BLOCK;
-
-// Keys [first, last) of batch row b and kv head h.
-struct Unit {
-    int64_t b, h, first, last;
-};
-
-// A query row's state over one chunk, and where it ends up: out (wide) before division by total.
-struct Partial {
-    float top, total;
-};
 
 template <class D, class T> class Attend {
     using X = typename D::X;
@@ -263,20 +245,8 @@ public:
     int64_t width() const { return wide; }
 };
 
-// Refusals: 0 is fine, 1 a length out of range, 2 a page out of range; `where` gets row and place.
-inline int refuse(const Cached& c, const int32_t* table, const int64_t* lengths, int64_t* where) {
-    const int64_t room = c.page * c.max_blocks;
-    for (int64_t b = 0; b < c.batch; ++b) {
-        where[0] = b;
-        if (lengths[b] < 0 || lengths[b] > room) return 1;
-        for (int64_t i = 0; table && i * c.page < lengths[b]; ++i) {
-            where[1] = i;
-            const int32_t page = table[b * c.max_blocks + i];
-            if (page < 0 || page >= c.blocks) return 2;
-        }
-    }
-    return 0;
-}
+template <class D, class T>
+using Attending = std::conditional_t<LANES == 16, Attend<D, T>, AttendStreams<T>>;
 
 // y = softmax(q k^T * scale) v; query t of row b sees the first lengths[b] - queries + t + 1 keys.
 template <class D, class T>
@@ -304,7 +274,7 @@ static int attend_cached(const T* q, const T* k, const T* v, const int32_t* tabl
     };
     std::atomic<int64_t> taken{0}, merged{0};
     const auto attend = [&] {
-        Attend<D, T> one(c, k, v, table);
+        Attending<D, T> one(c, k, v, table);
         one.scale = scale;
         std::unique_ptr<X[]> query(new X[rows * q_stride]);
         // the next one is known while one is computed, and its first keys are fetched

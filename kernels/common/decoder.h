@@ -29,6 +29,7 @@ struct Layer {
 struct Model {
     int64_t layers, hidden, inner, heads, kv_heads, head_dim, vocab, window, cache_bf16, slots;
     int64_t narrow;  // prompts may round activations to bf16, as a model in bf16 does
+    int64_t far;     // a step's weights are beyond the caches, on huge pages: nothing is fetched ahead
     double eps;
     const float *final_norm, *cos, *sin;  // tables (positions, head_dim), sine signed
     Linear embed, head;

@@ -35,6 +35,7 @@ struct Rows {  // activations (M, K) in one of the forms, `stride` numbers from 
     const uint8_t* bytes;
     const float* scale;
     int64_t M, K, stride;
+    Read read;  // how a step reads the weights that they meet
 };
 
 // The part of linear `l` that makes outputs n0 <= n < n1 of `x`, given as put(n, m, value).
@@ -44,7 +45,7 @@ static void step_linear(const Linear& l, const Rows& x, int64_t n0, int64_t n1, 
     const auto run = [&](auto d, const auto* rows, const auto* w, auto done) {
         matmul_rows<decltype(d)>(
             rows, x.stride, x.M, w, l.k, n0, n1, l.k,
-            (std::remove_const_t<std::remove_pointer_t<decltype(rows)>>*)scratch, done);
+            (std::remove_const_t<std::remove_pointer_t<decltype(rows)>>*)scratch, done, x.read);
     };
     const auto scaled = [&](int64_t n, int64_t m, float v) { put(n, m, v * l.scale[n]); };
     const Int4 int4{(const uint32_t*)l.w, (const bf16*)l.scale, l.k, l.group};
@@ -64,7 +65,7 @@ static void step_linear(const Linear& l, const Rows& x, int64_t n0, int64_t n1, 
             put(n, m, float(v - 128 * l.sums[n]) * (x.scale[m] * l.scale[n]));
         });
 #else
-    case INT4: return int4_rows<Int4Fp32>(x.wide, x.stride, x.M, int4, n0, n1, put);
+    case INT4: return int4_rows(x.wide, x.stride, x.M, int4, n0, n1, put);
     case INT8: return run(Fma(), x.wide, (const int8_t*)l.w, scaled);
     case INT8_DYNAMIC:  // the quantized activations stand in `wide`
         return run(Fma(), x.wide, (const int8_t*)l.w, [&](int64_t n, int64_t m, float v) {

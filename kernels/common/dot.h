@@ -134,14 +134,22 @@ template <class D, class W> inline auto widen_tail(const W* p, int64_t n) {
 
 template <class D> using Out = typename D::Total;
 
-// Rows are fetched ahead into the second-level cache: the first has fewer lines under way.  Of what
-// one thread of a Zen 4 reads from memory, GB/s, fetched into the first and into the second level:
-// rows of 2048 fp32 24 and 28, bf16 17 and 25, int8 13 and 22; 20 MB of bf16 from the third 33 and 57.
-constexpr int64_t FETCHED = 16 << 10;  // bytes between what is read and what is fetched, about
+// How rows of weights are read: in blocks from the cache; once, as four streams through memory, which
+// answers four far places faster than four neighbouring rows, the more so the shorter these are; or
+// the streams fetched ahead.
+enum Read { CACHED, STREAMED, FETCHED };
+
+// Ahead into the second-level cache: the first has fewer lines under way.  Of what one thread of a
+// Zen 4 reads from memory, GB/s, fetched into the first and into the second level: rows of 2048 fp32
+// 24 and 28, bf16 17 and 25, int8 13 and 22; 20 MB of bf16 from the third 33 and 57.  A Zen 3, whose
+// vectors ask for half as much at once, is quicker left alone: 1.24 times in fp32, 1.10 in bf16, 1.06
+// in int8 from memory, 1.2, 1.08 and 1.07 from the third-level cache.
+constexpr Read BEST_READ = LANES == 16 ? FETCHED : STREAMED;
+constexpr int64_t AHEAD_BYTES = 16 << 10;  // bytes between what is read and what is fetched, about
 template <class D, class W>
 inline int64_t numbers_ahead(bool streams, int64_t next, int64_t tile) {
     if (streams && D::NEAR) return D::NEAR / int64_t(sizeof(W));
-    return (1 + FETCHED / std::max<int64_t>(1, tile * sizeof(W))) * next;
+    return (1 + AHEAD_BYTES / std::max<int64_t>(1, tile * sizeof(W))) * next;
 }
 
 // acc[r][m] = x row m . w row r, for M rows of x and R rows of w; what is fetched meanwhile stands
@@ -188,11 +196,9 @@ inline void dot_tile(const typename D::X* x, int64_t x_stride, const W* w, int64
 // done(n, m, dot) for rows n0 <= n < n1 of w and M <= D::MOST rows of x.
 template <class D, class W, int M, class Done>
 inline void dot_rows(const typename D::X* x, int64_t x_stride, const W* w, int64_t w_stride,
-                     int64_t n0, int64_t n1, int64_t K, bool prefetch, Done done) {
+                     int64_t n0, int64_t n1, int64_t K, Read read, Done done) {
     const int64_t tiles = (n1 - n0) / TILE_ROWS;
-    // Many rows are read as four streams, each on through a quarter of them: memory answers four far
-    // places faster than four neighbouring rows, the more so the shorter these are.
-    const bool streams = prefetch && n1 - n0 > BLOCK_ROWS;
+    const bool streams = read != CACHED && n1 - n0 > BLOCK_ROWS;  // each through a quarter of them
     const int64_t between = streams ? tiles : 1, step = streams ? 1 : TILE_ROWS;
     const int64_t ahead = numbers_ahead<D, W>(streams, step * w_stride, K * TILE_ROWS);
     for (int64_t t = 0; t < tiles; ++t) {
@@ -203,7 +209,7 @@ inline void dot_rows(const typename D::X* x, int64_t x_stride, const W* w, int64
             dot_tile<D, W, M, TILE_ROWS, fetch>(x, x_stride, rows, between * w_stride,
                                                 ahead, K, out);
         };
-        if (prefetch && t + 1 < tiles) tile(std::true_type());
+        if (read == FETCHED && t + 1 < tiles) tile(std::true_type());
         else tile(std::false_type());
         for (int r = 0; r < TILE_ROWS; ++r)
             for (int m = 0; m < M; ++m) done(n + r * between, m, out[r][m]);
@@ -218,11 +224,11 @@ inline void dot_rows(const typename D::X* x, int64_t x_stride, const W* w, int64
 // The same for any number of rows of x: all of them in one tile while they fit, then tiles of 4.
 template <class D, class W, class Done>
 inline void dot_all(const typename D::X* x, int64_t x_stride, int64_t M, const W* w,
-                    int64_t w_stride, int64_t n0, int64_t n1, int64_t K, bool prefetch, Done done) {
+                    int64_t w_stride, int64_t n0, int64_t n1, int64_t K, Read read, Done done) {
     int64_t m = 0;
     const auto run = [&](auto tile) {
         dot_rows<D, W, decltype(tile)::value>(
-            x + m * x_stride, x_stride, w, w_stride, n0, n1, K, prefetch,
+            x + m * x_stride, x_stride, w, w_stride, n0, n1, K, read,
             [&](int64_t n, int64_t t, Out<D> v) { done(n, m + t, v); });
         m += decltype(tile)::value;
     };
@@ -252,20 +258,20 @@ constexpr int64_t apart(int64_t K) { return (K + 63) / 64 * 64 + 64; }
 template <class D, class W, class Done>
 inline void matmul_rows(const typename D::X* x, int64_t x_stride, int64_t M, const W* w,
                         int64_t w_stride, int64_t n0, int64_t n1, int64_t K,
-                        typename D::X* scratch, Done done) {
+                        typename D::X* scratch, Done done, Read read = BEST_READ) {
     using X = typename D::X;
     if (M < D::WIDEN_ONCE) {
         // more than one tile would read the weights again: from the cache, in blocks
         const int64_t block = M <= D::MOST ? n1 - n0 : BLOCK_ROWS;
         for (int64_t n = n0; n < n1; n += block)
-            dot_all<D, W>(x, x_stride, M, w, w_stride, n, n + block < n1 ? n + block : n1, K, true,
+            dot_all<D, W>(x, x_stride, M, w, w_stride, n, n + block < n1 ? n + block : n1, K, read,
                           done);
         return;
     }
     for (int64_t n = n0; n < n1; n += BLOCK_ROWS) {
         const int64_t rows = n + BLOCK_ROWS < n1 ? BLOCK_ROWS : n1 - n;
         if constexpr (sizeof(X) == sizeof(W)) {  // as they are
-            dot_all<D, W>(x, x_stride, M, w + n * w_stride, w_stride, 0, rows, K, false,
+            dot_all<D, W>(x, x_stride, M, w + n * w_stride, w_stride, 0, rows, K, CACHED,
                           [&](int64_t r, int64_t m, Out<D> v) { done(n + r, m, v); });
         } else {
             for (int64_t r = 0; r < rows; ++r) {
@@ -280,7 +286,7 @@ inline void matmul_rows(const typename D::X* x, int64_t x_stride, int64_t M, con
                     std::memcpy(scratch + r * apart(K) + k, &v, (K - k) * sizeof(X));
                 }
             }
-            dot_all<D, X>(x, x_stride, M, scratch, apart(K), 0, rows, K, false,
+            dot_all<D, X>(x, x_stride, M, scratch, apart(K), 0, rows, K, CACHED,
                           [&](int64_t r, int64_t m, Out<D> v) { done(n + r, m, v); });
         }
     }

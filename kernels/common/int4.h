@@ -33,10 +33,8 @@ struct Int4 {
     const bf16* scales(int64_t b) const { return scale + b * (k / group) * SIDE; }
 };
 
-// How weights of eight inputs meet them: `weights` widens step i of a lane's nibbles.
+// How weights of eight inputs meet them: `weights` widens nibble J of each lane.
 struct Int4Fp32 {
-    using X = float;
-    static constexpr int STEPS = 8;
     template <int J> static f32v weights(u32v v) {
 #if defined(__AVX512F__)
         // shifts and tables share two of the four vector units of a Zen 4: most nibbles become the
@@ -57,33 +55,12 @@ struct Int4Fp32 {
 #endif
     }
     template <int J> static f32v at(const float* x) { return splat(x[J % 4 * 2 + J / 4]); }
-    static f32v mac(f32v acc, f32v x, f32v w) { return fma(x, w, acc); }
 };
-#if defined(__AVX512BF16__)
-struct Int4Bf16 {  // products of pairs, exact, added in fp32
-    using X = bf16;
-    static constexpr int STEPS = 4;
-    template <int J> static __m512bh weights(u32v v) {
-        alignas(64) static const uint16_t LEVELS[32] = {  // the fifth bit of an index is a neighbour's
-            0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0, 0x3f80, 0x4000,
-            0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040,
-            0xc000, 0xbf80, 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
-        return (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16((__m512i)v, 4 * J),
-                                                  _mm512_load_si512(LEVELS));
-    }
-    template <int J> static __m512bh at(const bf16* x) {
-        return (__m512bh)_mm512_set1_epi32(load_as<int32_t>(x + 2 * J));
-    }
-    static f32v mac(f32v acc, __m512bh x, __m512bh w) {
-        return (f32v)_mm512_dpbf16_ps((__m512)acc, x, w);
-    }
-};
-#endif
 
 // out[r][m][i] = x row m . (scale * q) row 16 (b + r far) + i, for M rows of x and R blocks.
-template <class D, int M, int R>
-inline void int4_tile(const typename D::X* x, int64_t x_stride, const Int4& w, int64_t b,
-                      int64_t far, float out[R][M][SIDE]) {
+template <int M, int R>
+inline void int4_tile(const float* x, int64_t x_stride, const Int4& w, int64_t b, int64_t far,
+                      float out[R][M][SIDE]) {
     f32v total[R][PARTS][M] = {};
     const uint32_t* p = w.block(b);
     const bf16* scale = w.scales(b);
@@ -96,11 +73,11 @@ inline void int4_tile(const typename D::X* x, int64_t x_stride, const Int4& w, i
                 __builtin_prefetch(p + r * next + FAR, 0, 2);
                 unrolled<PARTS>([&](auto part) INLINED {
                     const u32v v = load_as<u32v>(p + r * next + part * LANES);
-                    unrolled<D::STEPS>([&](auto j) INLINED {
-                        const auto weights = D::template weights<j>(v);
+                    unrolled<8>([&](auto j) INLINED {
+                        const f32v weights = Int4Fp32::weights<j>(v);
                         unrolled<M>([&](auto m) INLINED {
                             f32v& sum = acc[r][part][m][j % 2];
-                            sum = D::mac(sum, D::template at<j>(x + m * x_stride + i), weights);
+                            sum = fma(Int4Fp32::at<j>(x + m * x_stride + i), weights, sum);
                         });
                     });
                 });
@@ -163,13 +140,13 @@ inline void in_tiles(int64_t M, int64_t n0, int64_t n1, Tile tile, Done done) {
 }
 
 // done(n, m, dot) for outputs n0 <= n < n1 and M rows of x.
-template <class D, class Done>
-inline void int4_rows(const typename D::X* x, int64_t x_stride, int64_t M, const Int4& w,
-                      int64_t n0, int64_t n1, Done done) {
+template <class Done>
+inline void int4_rows(const float* x, int64_t x_stride, int64_t M, const Int4& w, int64_t n0,
+                      int64_t n1, Done done) {
     in_tiles(
         M, n0, n1,
         [&](auto rows, auto blocks, int64_t m0, int64_t b, int64_t far, auto& out) {
-            int4_tile<D, rows, blocks>(x + m0 * x_stride, x_stride, w, b, far, out);
+            int4_tile<rows, blocks>(x + m0 * x_stride, x_stride, w, b, far, out);
         },
         done);
 }

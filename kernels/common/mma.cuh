@@ -61,10 +61,10 @@ __device__ inline void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, u
 #endif
 #elif defined(SIMT_HOST)
 inline void copy_async(void* to, const void* from, bool inside) {
-    inside ? std::memcpy(to, from, 16) : std::memset(to, 0, 16);
+    simt::block->copies[simt::rank].groups.back().push_back({to, inside ? from : nullptr});
 }
-inline void commit_copies() {}
-template <int LEFT> inline void wait_copies() {}
+inline void commit_copies() { simt::block->copies[simt::rank].groups.emplace_back(); }
+template <int LEFT> inline void wait_copies() { simt::finish_copies(LEFT); }
 
 // c += a b; dot(x, y) multiplies the numbers of two registers pair by pair and adds them up.
 // Lane l gives a's rows l / 4 (a[0], a[2]) and l / 4 + 8, b's column l / 4; of both the (l % 4)-th

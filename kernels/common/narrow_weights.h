@@ -130,8 +130,8 @@ inline void split_bytes(const float* from, int64_t K, uint8_t* to, float* scale,
         }
 }
 
-// The same without a sum of the weights: x = scale * n, n in signed bytes, two or three; weights as
-// w + 128, a bit turned on the way, so that what a sum is too large depends on the row of x alone.
+// The same without a sum of the weights: x = scale * n, n in two signed bytes; weights as w + 128,
+// a bit turned on the way, so that what a sum is too large depends on the row of x alone.
 // A row of x stands in blocks of 64, upper bytes first, and ends in what `Ending` says.
 template <int DIGITS> struct DotDigits : Plain {
     struct Vector {
@@ -142,8 +142,8 @@ template <int DIGITS> struct DotDigits : Plain {
     };
     using Total = int64_t;  // the sum of n (w + 128), exact
     using X = uint8_t;
-    static constexpr int STEP = 64, PLANES = DIGITS, MOST = DIGITS == 3 ? 2 : 3;
-    static constexpr int64_t NEAR = DIGITS == 3 ? 0 : 1 << 10;
+    static constexpr int STEP = 64, PLANES = DIGITS, MOST = 3;
+    static constexpr int64_t NEAR = 1 << 10;
     static constexpr int WIDEN_ONCE = 1 << 30;
     static constexpr bool PADDED = true;
     static Vector widen(const uint8_t* x) {
@@ -161,21 +161,15 @@ template <int DIGITS> struct DotDigits : Plain {
         return acc;
     }
 };
-template <class Sum> inline void digits_sums(const Sum (&v)[TILE_ROWS], int digits, int64_t* out) {
+inline void lanes_sums(const DotDigits<2>::Sum (&v)[TILE_ROWS], int64_t* out) {
     alignas(16) int32_t whole[TILE_ROWS];
     for (int r = 0; r < TILE_ROWS; ++r) out[r] = 0;
-    for (int d = 0; d < digits; ++d) {
+    for (int d = 0; d < 2; ++d) {
         i32v digit[TILE_ROWS];
         unrolled<TILE_ROWS>([&](auto r) INLINED { digit[r] = v[r].digit[d]; });
         lanes_sums(digit, whole);
         for (int r = 0; r < TILE_ROWS; ++r) out[r] = 256 * out[r] + whole[r];
     }
-}
-inline void lanes_sums(const DotDigits<2>::Sum (&v)[TILE_ROWS], int64_t* out) {
-    digits_sums(v, 2, out);
-}
-inline void lanes_sums(const DotDigits<3>::Sum (&v)[TILE_ROWS], int64_t* out) {
-    digits_sums(v, 3, out);
 }
 constexpr int64_t MOST_INPUTS = 1 << 16;  // sums of so many products fit 32 bits
 
@@ -188,7 +182,7 @@ inline int64_t ending_at(int64_t K, int digits) { return (K + 63) / 64 * 64 * di
 // Digits of a row, but of one whose largest number is more than `peak` times the root of its mean
 // square, or has no scale: what they round off would be more than what floats do.
 template <int DIGITS> inline bool split_row(const float* from, int64_t K, float peak, uint8_t* to) {
-    constexpr float LEVELS = DIGITS == 3 ? 8355700.f : 32639.f;  // signed bytes hold them
+    constexpr float LEVELS = 32639.f;  // two signed bytes hold them
     f32v most = {}, squares = {};
     const auto some_of = [&](int64_t k) INLINED {
         if (k + LANES <= K) return load(from + k);

@@ -18,6 +18,25 @@ template <class T> inline bool streams(int64_t rows, int64_t n) {
     return rows * n * int64_t(sizeof(T)) >= int64_t(STREAM_BYTES);
 }
 
+// How the functions of `fill_row` read: `[&](AT i) { return PART(x, i); }` is LANES elements of x.
+// AVX-512 has instructions that convert bf16, and keeps the code that was measured with it.
+#if defined(__AVX512F__)
+#define AT int64_t
+#define PART(p, at) load((p) + (at))
+#define PART_IN_ANY_ORDER(p, u) load((p) + (u) * LANES)
+#define ASK_FOR(p, at)
+#define AND_NEXT(T, name)
+#define AND_NEXT_ROW(row, stride, n)
+#else
+#define AT auto
+#define PART(p, at) part_at(p, at)
+#define PART_IN_ANY_ORDER(p, u) part_in_any_order(p, u)
+#define ASK_FOR(p, at) ask_for(p, at)  // so that memory does not rest while a row is worked on
+#define AND_NEXT(T, name) , const T* name = nullptr
+#define AND_NEXT_ROW(row, stride, n) , next_row(row, stride, n)
+#include "pairs.h"
+#endif
+
 // 1 / sqrt(mean(x^2) + eps).  Blocks of the row are added up in double: long rows lose nothing.
 template <class T> inline float inverse_rms(const T* x, int64_t n, float eps) {
     double total = 0;
@@ -27,7 +46,7 @@ template <class T> inline float inverse_rms(const T* x, int64_t n, float eps) {
         const int64_t end = i + 2048 < n ? i + 2048 : n;
         for (; i + 4 * LANES <= end; i += 4 * LANES)
             for (int u = 0; u < 4; ++u) {
-                const f32v v = load(x + i + u * LANES);
+                const f32v v = PART_IN_ANY_ORDER(x + i, u);
                 part[u] = fma(v, v, part[u]);
             }
         for (; i + LANES <= end; i += LANES) {
@@ -40,8 +59,8 @@ template <class T> inline float inverse_rms(const T* x, int64_t n, float eps) {
     return float(1. / std::sqrt(total / double(n) + eps));
 }
 
-// y[i] = f(i) over a row: `f` gives the LANES elements from i on, `g` gives one.  Who fills many
-// short rows fences once, after the last.
+// y[i] = f(i) over a row: `f` gives the LANES elements from i on, in bf16 also those at an EveryOther,
+// if it takes one; `g` gives one.  Who fills many short rows fences once, after the last.
 template <class T, class F, class G>
 inline void fill_row(T* y, int64_t n, bool streamed, F f, G g, bool fence = true) {
     int64_t i = 0;
@@ -51,20 +70,36 @@ inline void fill_row(T* y, int64_t n, bool streamed, F f, G g, bool fence = true
     } else if (streamed) {  // two vectors of halves make one of floats
         for (; i < n && reinterpret_cast<uintptr_t>(y + i) % 64; ++i) from_float(y + i, g(i));
         for (; i + 2 * LANES <= n; i += 2 * LANES) {
+#if !defined(__AVX512F__)
+            if constexpr (std::is_same_v<T, bf16>) {
+                stream(reinterpret_cast<float*>(y + i), two_vectors(f, i));
+                continue;
+            }
+#endif
             T pair[2 * LANES];
             store(pair, f(i));
             store(pair + LANES, f(i + LANES));
             stream(reinterpret_cast<float*>(y + i), load_as<f32v>(pair));
         }
     }
+#if !defined(__AVX512F__)
+    if constexpr (std::is_same_v<T, bf16>)
+        for (; i + 2 * LANES <= n; i += 2 * LANES)
+            store(reinterpret_cast<float*>(y + i), two_vectors(f, i));
+#endif
     for (; i + LANES <= n; i += LANES) store(y + i, f(i));
     for (; i < n; ++i) from_float(y + i, g(i));
     if (streamed && fence) stream_fence();
 }
 
 template <class T>
-inline void norm_row(const T* x, const T* weight, T* y, int64_t n, float inverse, bool streamed) {
+inline void norm_row(const T* x, const T* weight, T* y, int64_t n, float inverse,
+                     bool streamed AND_NEXT(T, next)) {
     fill_row(
-        y, n, streamed, [&](int64_t i) { return load(x + i) * inverse * load(weight + i); },
+        y, n, streamed,
+        [&](AT i) {
+            ASK_FOR(next, i);
+            return PART(x, i) * inverse * PART(weight, i);
+        },
         [&](int64_t i) { return to_float(x[i]) * inverse * to_float(weight[i]); });
 }

@@ -95,18 +95,27 @@ inline f32v load(const bf16* p) {
     return (f32v)(__builtin_convertvector(load_as<u16v>(p), u32v) << 16);
 #endif
 }
+#if !defined(__AVX512F__)
+// Rounded to bf16 in the upper half of each word; of a NaN, that of all bits.
+// The processor's own NaN and those that were bf16 have no bits below: none carries into the sign.
+template <bool OWN_NANS = false> inline u32v rounded_up(f32v v) {
+    const u32v u = (u32v)v, rounded = u + 0x7fff + (u >> 16 & 1);
+    return OWN_NANS ? rounded : rounded | (u32v)(v != v);
+}
+#endif
 inline void store(bf16* p, f32v v) {
+#if defined(__AVX512F__)
     const u32v u = (u32v)v;
     u32v rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16;
     const u32v nan = (u32v)(v != v);
     rounded = (nan & (u >> 16 | 0x40)) | (~nan & rounded);
-#if defined(__AVX512F__)
     const __m256i narrow = _mm512_cvtepi32_epi16((__m512i)rounded);
 #elif defined(__AVX2__)
-    const __m256i packed = _mm256_packus_epi32((__m256i)rounded, (__m256i)rounded);
-    const __m128i narrow = _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+    const __m256i rounded = (__m256i)(rounded_up(v) >> 16);
+    const __m128i narrow = _mm_packus_epi32(_mm256_castsi256_si128(rounded),
+                                            _mm256_extracti128_si256(rounded, 1));
 #else
-    const u16v narrow = __builtin_convertvector(rounded, u16v);
+    const u16v narrow = __builtin_convertvector(rounded_up(v) >> 16, u16v);
 #endif
     std::memcpy(p, &narrow, sizeof narrow);
 }
@@ -168,6 +177,12 @@ inline float sum(f32v v) {  // pairwise, in a fixed order: halves are added unti
 inline float maximum(f32v v) {  // NaN if a lane is
 #if defined(__AVX512F__)
     return _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q) ? NAN : _mm512_reduce_max_ps((__m512)v);
+#elif defined(__AVX2__)
+    if (_mm256_movemask_ps(_mm256_cmp_ps((__m256)v, (__m256)v, _CMP_UNORD_Q))) return NAN;
+    const __m128 four =
+        _mm_max_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+    const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps(two, two, 1)));
 #else
     float m = v[0];
     for (int i = 1; i < LANES; ++i) m = v[i] > m || v[i] != v[i] ? v[i] : m;
@@ -175,20 +190,47 @@ inline float maximum(f32v v) {  // NaN if a lane is
 #endif
 }
 inline f32v choose(i32v mask, f32v yes, f32v no) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    return (f32v)_mm256_blendv_ps((__m256)no, (__m256)yes, (__m256)mask);
+#else
     return (f32v)((mask & (i32v)yes) | (~mask & (i32v)no));
+#endif
 }
 inline f32v larger(f32v a, f32v b) {  // a > b ? a : b, in one instruction: maxima are chains of it
 #if defined(__AVX512F__)
     return (f32v)_mm512_max_ps((__m512)a, (__m512)b);
 #elif defined(__AVX2__)
     return (f32v)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+    return (f32v)_mm_max_ps((__m128)a, (__m128)b);
 #else
     return choose((i32v)(a > b), a, b);
 #endif
 }
+inline f32v smaller(f32v a, f32v b) {  // a < b ? a : b
+#if defined(__AVX512F__)
+    return (f32v)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (f32v)_mm256_min_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+    return (f32v)_mm_min_ps((__m128)a, (__m128)b);
+#else
+    return choose((i32v)(a < b), a, b);
+#endif
+}
 
-// e^x to 1 unit in the last place; 0 below -103.98, infinity above 88.73, NaN stays NaN.
-inline f32v exponential(f32v x) {
+// Which e^x somebody needs, where instructions can be saved: all; those of x <= 0, times TINY_UP, as
+// long as what becomes of them is multiplied by TINY; or 1 + e^x (not with AVX-512).
+enum class Wanted { ALL, SMALL, PLUS_ONE };
+#if defined(__AVX512F__)
+constexpr float TINY_UP = 1, TINY = 1;
+#else
+constexpr float TINY_UP = 0x1p33f, TINY = 0x1p-33f;  // with it, no e^x is below the normal numbers
+#endif
+
+// e^x to 1 unit in the last place (1 + e^x to 1.5); 0 below -103.98, infinity above 88.73, NaN stays
+// NaN.  ROUGH: within 6e-6 of it, 1/300 of the rounding of the bf16 it becomes, where that is faster.
+template <Wanted WANTED = Wanted::ALL, bool ROUGH = false> inline f32v exponential(f32v x) {
 #if defined(__AVX512F__)
     // e^x = 2^(n/16) e^r: a table of 2^(j/16), j = n mod 16, and an r so small that four terms do
     const __m512 power = _mm512_setr_ps(
@@ -208,25 +250,49 @@ inline f32v exponential(f32v x) {
     // 2^floor(n/16): rounds once, below the smallest normal too
     return (f32v)_mm512_scalef_ps((__m512)fma(factor, p, factor), (__m512)(n * 0.0625f));
 #else
-    const f32v bounded = choose((i32v)(x > 89.f), splat(89.f), choose((i32v)(x < -104.f), splat(-104.f), x));
-    const f32v whole = (bounded * 1.44269504f + 12582912.f) - 12582912.f;  // to nearest
-    f32v r = fma(whole, splat(-0.693359375f), bounded);
-    r = fma(whole, splat(2.12194440e-4f), r);
-    f32v p = splat(1.9875691500e-4f);
-    p = fma(p, r, splat(1.3981999507e-3f));
-    p = fma(p, r, splat(8.3334519073e-3f));
-    p = fma(p, r, splat(4.1665795894e-2f));
-    p = fma(p, r, splat(1.6666665459e-1f));
-    p = fma(p, r, splat(5.0000001201e-1f));
-    p = fma(p * r, r, r) + 1.f;
-    // 2^whole in two factors, so that results below the smallest normal come out right
-    const i32v n = __builtin_convertvector(whole, i32v), half = n >> 1;
-    const f32v result = p * (f32v)((half + 127) << 23) * (f32v)((n - half + 127) << 23);
-    return choose((i32v)(x != x), x, result);
+    // e^x = 2^n e^r.  Of two operands, one a NaN, larger and smaller give the second.
+    f32v bounded = larger(splat(WANTED == Wanted::PLUS_ONE ? -85.f : -104.f), x);
+    if (WANTED != Wanted::SMALL) bounded = smaller(splat(89.f), bounded);
+    // n to nearest; `shifted` holds n + BIAS in its low bits
+    constexpr int BIAS = WANTED == Wanted::ALL ? 254 : WANTED == Wanted::SMALL ? 160 : 125;
+    const f32v shifted = fma(bounded, splat(1.44269504f), splat(12582912.f + BIAS));
+    const f32v n = shifted - (12582912.f + BIAS);
+    f32v r, p;  // p: (e^r - 1 - r) / r^2
+#if defined(__FMA__)
+    constexpr bool FUSED = true;
+#else
+    constexpr bool FUSED = false;
+#endif
+    if constexpr (ROUGH && FUSED) {
+        r = fma(n, splat(-0.693147181f), bounded);
+        p = fma(fma(splat(4.12773639e-2f), r, splat(1.67536005e-1f)), r, splat(5.0005126e-1f));
+    } else {
+        r = fma(n, splat(-0.693359375f), bounded);
+        r = fma(n, splat(2.12194440e-4f), r);
+        p = fma(splat(1.38148153e-3f), r, splat(8.36874545e-3f));
+        p = fma(p, r, splat(4.16683853e-2f));
+        p = fma(p, r, splat(1.66665211e-1f));
+        p = fma(p, r, splat(4.9999994e-1f));
+    }
+    p = FUSED ? fma(fma(p, r, splat(1.f)), r, splat(1.f)) : (p * r * r + r) + 1.f;
+    // 2^n in two factors: results below the smallest normal are rounded once, by the second
+    const u32v bits = (u32v)shifted;
+    if constexpr (WANTED == Wanted::ALL) {  // 2^(n/2) and the rest
+        const u32v half = bits << 22 & 0xff800000;
+        return p * (f32v)half * (f32v)((bits << 23) - half);
+    }
+    p *= (f32v)(bits << 23);
+    return WANTED == Wanted::SMALL ? p : fma(p, splat(4.f), splat(1.f));
 #endif
 }
 inline float exponential(float x) { return exponential(splat(x))[0]; }
-inline f32v silu(f32v x) { return x / (1.f + exponential(-x)); }
+template <bool ROUGH = false> inline f32v silu(f32v x) {
+#if defined(__AVX512F__)
+    return x / (1.f + exponential(-x));
+#else
+    return x / exponential<Wanted::PLUS_ONE, ROUGH>(-x);
+#endif
+}
 
 // Bypasses the caches: for outputs so large that nobody finds them there.  p is aligned to 64.
 inline void stream(float* p, f32v v) {

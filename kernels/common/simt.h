@@ -1,10 +1,10 @@
 // Runs an unchanged CUDA kernel on the CPU.  Under a sanitizer a CUDA thread is a thread of the
-// operating system, so that ThreadSanitizer sees a missing barrier and AddressSanitizer an index out
-// of range; else it is a coroutine, and a block of 256 costs no thread and no lock.
-// Include this, then the .cu file, then SIMT_ENTRY(kernel).
-// Blocks run one after another, the last first.  Not modelled: PTX, clusters, partial shuffle masks,
-// races between blocks; an asynchronous copy happens at once, and mma.cuh says in C++ what its
-// instructions do.  Shuffles order memory here, on a GPU they do not.
+// operating system, so that ThreadSanitizer sees a missing barrier and AddressSanitizer an index
+// out of range; else it is a coroutine, and a block of 256 costs no thread and no lock.  Include
+// this, then the .cu file, then SIMT_ENTRY(kernel).  Blocks run one after another, the last first.
+// Not modelled: PTX, clusters, partial shuffle masks, races between blocks.  An asynchronous copy
+// happens when it is waited for; mma.cuh and, compiled with SIMT_HOPPER, wgmma.cuh say in C++ what
+// their instructions do.  Shuffles order memory here, on a GPU they do not.
 #pragma once
 #define SIMT_HOST
 #include <algorithm>
@@ -35,14 +35,29 @@ namespace simt {
 #endif
 
 namespace simt {
+// Asynchronous copies of one thread in groups, each done when it is waited for, and no earlier; and
+// what the thread has written without a fence.proxy.async since.
+struct Copy {
+    void* to;
+    const void* from;  // or null: zeros
+};
+struct Copies {
+    std::deque<std::vector<Copy>> groups{1};
+    std::vector<size_t> written;
+};
 struct Block {
     int size;
     Barrier all;
     std::deque<Barrier> warps;
     std::vector<std::array<uint64_t, 4>> shown;  // by each lane to its warp
+    size_t shared;
     std::unique_ptr<uint64_t[]> bytes;  // dynamic shared memory: starts as NaN, bounds are exact
+    std::vector<Copies> copies;         // of each thread
+    std::vector<char> unpublished;      // 16 bytes each of it that tensor cores may not see yet
+    std::deque<std::shared_ptr<void>> warpgroups;  // simt_wgmma.h
     Block(int n, size_t shared)
-        : size(n), all(n), shown(n), bytes(new uint64_t[shared / 8 + (shared % 8 != 0)]) {
+        : size(n), all(n), shown(n), shared(shared), copies(n), unpublished(shared / 16 + 1),
+          bytes(new uint64_t[shared / 8 + (shared % 8 != 0)]) {
         std::memset(bytes.get(), 0xff, shared);
         for (int i = 0; i < n; i += 32) warps.emplace_back(std::min(32, n - i));
     }
@@ -51,6 +66,30 @@ inline Block* block;  // of the launch that runs: one at a time in a process
 inline dim3 block_index, block_size, grid_size;
 inline thread_local int rank;
 inline thread_local dim3 thread_index;
+
+// Tensor cores see what is written `to` shared memory, 16 bytes, after `publish` in this thread.
+inline void wrote(void* to) {
+    const auto at = size_t(static_cast<char*>(to) - reinterpret_cast<char*>(block->bytes.get()));
+    if (at >= block->shared) return;  // not of the dynamic one
+    block->unpublished[at / 16] = 1;
+    block->copies[rank].written.push_back(at / 16);
+}
+inline void publish() {
+    for (size_t chunk : block->copies[rank].written) block->unpublished[chunk] = 0;
+    block->copies[rank].written.clear();
+}
+inline void finish_copies(size_t left) {
+    auto& groups = block->copies[rank].groups;  // the last one is open
+#ifdef SIMT_HOPPER  // they take their time: who does not wait for them finds what was there before
+    if (groups.size() > left + 1)
+        for (int turn = 0; turn < 64; ++turn) give_way();
+#endif
+    for (; groups.size() > left + 1; groups.pop_front())
+        for (const Copy& copy : groups.front()) {
+            copy.from ? std::memcpy(copy.to, copy.from, 16) : std::memset(copy.to, 0, 16);
+            wrote(copy.to);
+        }
+}
 
 // Every lane shows `value`; then use(of), where of(lane) is what that lane of the warp shows.
 template <class T, class F> void together(const T& value, F use) {

@@ -86,6 +86,16 @@ public:
     }
 };
 
+// Returns when ready(), which the doings of others make true: they say so by give_way().
+template <class F> void until(F ready) {
+    while (!ready()) team.pass_on();
+}
+// After a step on which others may wait: they go on first, and find what was not yet done.
+inline void give_way() {
+    team.moved();
+    team.pass_on();
+}
+
 // body(i) for every i < size, after enter(i) at each of its turns.
 template <class E, class F> void run_threads(int size, E enter, F body) {
     team.run(size, enter, body);

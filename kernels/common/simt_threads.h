@@ -40,6 +40,17 @@ public:
     }
 };
 
+// Returns when ready(), which the doings of others make true.
+template <class F> void until(F ready) {
+    const auto limit = std::chrono::system_clock::now() + patience();
+    while (!ready()) {
+        if (std::chrono::system_clock::now() > limit)
+            fail("a barrier that some threads never reach");
+        std::this_thread::yield();
+    }
+}
+inline void give_way() { std::this_thread::yield(); }
+
 // body(i) for every i < size, each on a thread of its own after enter(i).
 template <class E, class F> void run_threads(int size, E enter, F body) {
     std::vector<std::thread> threads;

@@ -4,14 +4,23 @@
 
 // e^(x scale) for x <= 0 or NaN; 0 for -infinity.  To 2 units in the last place, or within 1e-4, an
 // eighth of the rounding of the bf16 that it becomes.  decay(0) is 1.  Minimax polynomials.
+// Without AVX-512 what is below the smallest normal number, beside a weight of 1, may become 0.
 template <bool ROUGH = false> inline f32v decay(f32v x, float scale = 1) {
-#if defined(__AVX512F__)
     // 2^(whole + rest); the maximum keeps NaN (its second operand) and turns -infinity finite.  A
     // factor beyond the largest float would make NaN of 0.
     const float bits = std::min(scale * 1.44269504f, 3.4e38f);
+#if defined(__AVX512F__)
     const __m512 y = _mm512_max_ps(_mm512_set1_ps(-160.f), (__m512)(x * bits));
     const __m512 whole = _mm512_roundscale_ps(y, 8);
     const f32v rest = (f32v)_mm512_sub_ps(y, whole);
+#else
+    // Added to 1.5 x 2^23, a number is rounded to a whole one, which stands in the sum's low bits;
+    // with 127 they are the exponent of 2^whole, and 0 where that is 2^-127.
+    constexpr float MAGIC = 12582912.f + 127.f;
+    const f32v y = larger(splat(-127.f), x * bits), shifted = y + MAGIC;
+    const f32v rest = y - (shifted - MAGIC);
+    const f32v power = (f32v)((i32v)shifted << 23);
+#endif
     f32v p;
     if constexpr (ROUGH) {
         p = fma(splat(5.500893126e-2f), rest, splat(2.422109678e-1f));
@@ -23,10 +32,11 @@ template <bool ROUGH = false> inline f32v decay(f32v x, float scale = 1) {
         p = fma(p, rest, splat(2.402264791e-1f));
         p = fma(p, rest, splat(6.931472029e-1f));
     }
+#if defined(__AVX512F__)
     p = fma(p, rest, splat(1.f));
     return (f32v)_mm512_scalef_ps((__m512)p, whole);
 #else
-    return exponential(x * scale);
+    return fma(p, rest * power, power);
 #endif
 }
 inline float decay(float x, float scale = 1) { return decay(splat(x), scale)[0]; }
@@ -34,6 +44,11 @@ inline float decay(float x, float scale = 1) { return decay(splat(x), scale)[0];
 inline float largest(f32v v) {  // of numbers, or of numbers and -infinity
 #if defined(__AVX512F__)
     return _mm512_reduce_max_ps((__m512)v);
+#elif defined(__AVX2__)
+    const __m128 four = _mm_max_ps(_mm256_castps256_ps128((__m256)v),
+                                   _mm256_extractf128_ps((__m256)v, 1));
+    const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 #else
     float m = v[0];
     for (int i = 1; i < LANES; ++i) m = v[i] > m ? v[i] : m;
@@ -60,6 +75,19 @@ inline f32v sums(const f32v (&v)[LANES]) {
     half[0] = fold(four[0], four[1]);
     half[1] = fold(four[2], four[3]);
     return (f32v)fold(half[0], half[1]);
+#elif defined(__AVX2__)
+    __m256 pair[4], four[2];
+    unrolled<4>([&](auto i) INLINED {
+        const __m256 a = (__m256)v[2 * i], b = (__m256)v[2 * i + 1];
+        pair[i] = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+    });
+    unrolled<2>([&](auto i) INLINED {
+        const __m256d a = _mm256_castps_pd(pair[2 * i]), b = _mm256_castps_pd(pair[2 * i + 1]);
+        four[i] = _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(a, b)),
+                                _mm256_castpd_ps(_mm256_unpackhi_pd(a, b)));
+    });
+    return (f32v)_mm256_add_ps(_mm256_permute2f128_ps(four[0], four[1], 0x20),
+                               _mm256_permute2f128_ps(four[0], four[1], 0x31));
 #else
     f32v all;
     for (int i = 0; i < LANES; ++i) all[i] = sum(v[i]);

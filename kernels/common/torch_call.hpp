@@ -5,9 +5,11 @@
 //
 // Refusing is an exception of one sentence; which argument is wrong is said by Python's checks.
 #pragma once
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 #include <torch/csrc/stable/c/shim.h>
@@ -20,6 +22,11 @@ constexpr int MOST_SYMBOLS = 8, MOST_DIMENSIONS = 64;
 static std::atomic<void*> bound[MOST_SYMBOLS];  // their addresses, or null: not yet, or no longer
 static void (*ask_for_them)() = nullptr;
 
+// Begins with the operation's name, by which Python knows that it is all there is to say.
+[[noreturn]] inline void refuse(const std::string& sentence) {
+    const std::string name(OPERATOR);
+    throw std::runtime_error(name.substr(0, name.find('.')) + " " + sentence);
+}
 [[noreturn]] inline void refuse() {
     throw std::runtime_error("study::" + std::string(OPERATOR) +
                              " does not take these arguments; the function of its name in kernels "
@@ -49,13 +56,14 @@ inline int threads() {
 
 struct Rows { int64_t count, step, n; };  // step: elements from one row's start to the next
 
-// An argument, or an output on its way: owns torch's handle.
+// An argument, or an output on its way: owns torch's handle.  Without one: None, at no address.
 struct Tensor {
     AtenTensorHandle handle = nullptr;
     int64_t dim = 0, numel = 0, *sizes = nullptr, *strides = nullptr;
     int32_t dtype = -1, device = -1;
     void* data = nullptr;
 
+    Tensor() = default;
     explicit Tensor(AtenTensorHandle owned) : handle(owned) {
         torch_did(aoti_torch_get_dim(handle, &dim));
         torch_did(aoti_torch_get_numel(handle, &numel));
@@ -71,6 +79,9 @@ struct Tensor {
     }
     int64_t last() const { return sizes[dim - 1]; }
     bool like(const Tensor& x) const { return dtype == x.dtype && device == x.device; }
+    bool shaped(std::initializer_list<int64_t> shape) const {
+        return dim == int64_t(shape.size()) && std::equal(shape.begin(), shape.end(), sizes);
+    }
     bool same_shape(const Tensor& x) const {
         return dim == x.dim && !std::memcmp(sizes, x.sizes, size_t(dim) * sizeof *sizes);
     }
@@ -84,6 +95,7 @@ struct Tensor {
     bool spans(const Tensor& x) const {
         return dim == 1 && sizes[0] == x.last() && like(x) && contiguous();
     }
+    bool last_is_dense() const { return strides[dim - 1] == 1 || last() <= 1; }
     // 0, 1, 2 for float32, bfloat16, float16, as an operation lists its symbols.
     int kind() const {
         static const int32_t real[] = {aoti_torch_dtype_float32(), aoti_torch_dtype_bfloat16(),
@@ -101,7 +113,7 @@ struct Tensor {
             for (int64_t i = 0; i < dim - 1; ++i) count *= sizes[i];
             return {count, n, n};
         }
-        expect(strides[dim - 1] == 1 || n <= 1);
+        expect(last_is_dense());
         for (int64_t i = dim - 2; i >= 0; --i) {
             if (sizes[i] == 1) continue;
             if (step < 0) step = strides[i];
@@ -116,7 +128,21 @@ struct Tensor {
 struct Arguments {
     StableIValue* stack;
     Tensor tensor(int i) const { return Tensor(get<AtenTensorHandle>(i)); }
-    float number(int i) const { return float(get<double>(i)); }
+    Tensor optional_tensor(int i) const {  // its handle stands in memory that is ours, too
+        auto* const holder = get<StableIValue*>(i);
+        if (!holder) return Tensor();
+        AtenTensorHandle handle;
+        std::memcpy(&handle, holder, sizeof handle);
+#if defined(TORCH_VERSION_2_13_0) && TORCH_FEATURE_VERSION >= TORCH_VERSION_2_13_0
+        torch_did(torch_delete_stable_ivalue(holder));
+#else
+        delete holder;
+#endif
+        return Tensor(handle);
+    }
+    double number(int i) const { return get<double>(i); }
+    int64_t integer(int i) const { return get<int64_t>(i); }
+    bool flag(int i) const { return get<bool>(i); }
     std::string text(int i) const {
         const auto owned = get<StringHandle>(i);
         const char* characters = nullptr;
@@ -139,18 +165,19 @@ struct Arguments {
     }
 };
 
-// Contiguous, and otherwise as x.
-inline Tensor empty_like(const Tensor& x) {
+inline Tensor empty(const int64_t* sizes, int64_t dim, int32_t dtype) {  // contiguous
     int64_t strides[MOST_DIMENSIONS], step = 1;
-    expect(x.dim <= MOST_DIMENSIONS);
-    for (int64_t i = x.dim - 1; i >= 0; --i) {
+    expect(dim <= MOST_DIMENSIONS);
+    for (int64_t i = dim - 1; i >= 0; --i) {
         strides[i] = step;
-        step *= x.sizes[i] > 1 ? x.sizes[i] : 1;
+        step *= sizes[i] > 1 ? sizes[i] : 1;
     }
     AtenTensorHandle made;
-    torch_did(aoti_torch_empty_strided(x.dim, x.sizes, strides, x.dtype, x.device, 0, &made));
+    torch_did(aoti_torch_empty_strided(dim, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0,
+                                       &made));
     return Tensor(made);
 }
+inline Tensor empty_like(const Tensor& x) { return empty(x.sizes, x.dim, x.dtype); }
 
 void call(Arguments arguments);  // the operation, in its call.cpp
 

@@ -56,7 +56,8 @@ struct Step {
     // Rows of `from` (n, K), normalized when there is a weight, as `l` wants them.
     Rows prepare(const Linear& l, const float* from, const float* norm, int64_t n, int64_t K) {
         const Form form = form_of(l, prompt, m.narrow);
-        if (form == PLAIN && !norm) return {form, from, nullptr, nullptr, n, K, K};
+        const Read read = m.far ? STREAMED : BEST_READ;
+        if (form == PLAIN && !norm) return {form, from, nullptr, nullptr, n, K, K, read};
         const bool alone = n <= FEW;
         const Buffers& to = alone ? own : shared;
         const int64_t bytes = form == BYTES || form == PLANES ? 3 * apart(K)
@@ -75,7 +76,7 @@ struct Step {
         }
         if (!alone) team.meet();
         const bool narrow = form != PLAIN && form != HALVES && to_bytes(form);
-        return {form, to.wide, to.bytes, to.scale, n, K, narrow ? bytes : apart(K)};
+        return {form, to.wide, to.bytes, to.scale, n, K, narrow ? bytes : apart(K), read};
     }
     static bool to_bytes(Form form) {
 #if defined(__AVX512VNNI__)

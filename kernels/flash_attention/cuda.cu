@@ -1,7 +1,9 @@
 // softmax(q k^T * scale) v by blocks, 128 threads each: 64 queries and 64 keys on tensor cores in
 // bf16 and fp16 (a warp per 16 queries), 32 queries on CUDA cores in fp32, which tensor cores would
 // round.  Keys of the next block are copied while this one's weights meet the values, and its
-// values while the next scores are made.  blockIdx: block of queries (the last first), head, batch.
+// values while the next scores are made.  On an sm_90a bf16 and fp16 go to flash_wgmma.cuh instead,
+// 128 queries and 384 threads a block.  blockIdx: block of queries (the last first), head, batch.
+#include "flash_wgmma.cuh"
 #include "mma.cuh"
 
 struct Places {  // elements from one batch, head, token to the next
@@ -201,17 +203,32 @@ __device__ void with_cuda_cores(const T* q, const T* k, const T* v, T* y, Places
         if (i * EACH + part < dim) y[row * ys.token + i * EACH + part] = T(out[i] / total);
 }
 
+template <class T> struct Launch {  // queries and threads of a block; blocks of a multiprocessor
+#ifdef HOPPER
+    static constexpr bool WGMMA = sizeof(T) == 2;
+#else
+    static constexpr bool WGMMA = false;
+#endif
+    static constexpr int ROWS = sizeof(T) == 4 ? 32 : WGMMA ? 128 : 64, THREADS = WGMMA ? 384 : 128;
+    static constexpr int blocks(int D) { return WGMMA ? 1 : D == 64 ? 3 : 2; }
+};
+
 template <class T, int D>
 __device__ void flash_attention(const T* q, const T* k, const T* v, T* y, Places qs, Places ks,
                                 Places vs, Places ys, int group, int T_, int S, int dim, int causal,
                                 int packs, float scale) {
-    constexpr int ROWS = sizeof(T) == 4 ? 32 : 64;
+    constexpr int ROWS = Launch<T>::ROWS;
     const int start = (gridDim.x - 1 - blockIdx.x) * ROWS, head = blockIdx.y, b = blockIdx.z;
     q += b * qs.batch + head * qs.head;
     k += b * ks.batch + head / group * ks.head;
     v += b * vs.batch + head / group * vs.head;
     y += b * ys.batch + head * ys.head;
-#ifdef __CUDA_ARCH__
+#if defined(HOPPER)
+    if constexpr (sizeof(T) == 2)
+        return hopper_attention<T, D>(q, k, v, y, qs.token, ks.token, vs.token, ys.token, start,
+                                      {T_, S, dim, causal, scale * 1.4426950408889634f}, packs);
+    else
+#elif defined(__CUDA_ARCH__)
     if constexpr (sizeof(T) == 2)
         return with_tensor_cores<T, D>(q, k, v, y, qs, ks, vs, ys, start, T_, S, dim, causal, packs, scale);
     else
@@ -227,9 +244,9 @@ __device__ void flash_attention(const T* q, const T* k, const T* v, T* y, Places
     flash_attention<T, D>(q, k, v, y, {q0, q1, q2}, {k0, k1, k2}, {v0, v1, v2}, {y0, y1, y2},    \
                           group, T_, S, dim, causal, packs, scale)
 #define ENTRY(T, name)                                                                           \
-    extern "C" __global__ void __launch_bounds__(128, 3)                                         \
+    extern "C" __global__ void __launch_bounds__(Launch<T>::THREADS, Launch<T>::blocks(64))      \
     flash_attention_64_##name(ARGUMENTS(T)) { BODY(T, 64); }                                     \
-    extern "C" __global__ void __launch_bounds__(128, 2)                                         \
+    extern "C" __global__ void __launch_bounds__(Launch<T>::THREADS, Launch<T>::blocks(128))     \
     flash_attention_128_##name(ARGUMENTS(T)) { BODY(T, 128); }
 ENTRY(float, f32)
 ENTRY(bf16, bf16)

@@ -1,7 +1,9 @@
 // y = (e4m3(x) w^T) * scale_x * scale + bias, w e4m3 (N, K).  A first kernel rounds the rows of x.
 // From sm_89 on.  For sm_90a, ptxas makes of each mma.sync in e4m3 an unpacking to fp16 and two HMMA:
-// right, and half the bytes of bf16, but not the rate of e4m3, which there only wgmma has.
+// right, and half the bytes of bf16, but not the rate of e4m3, which there only wgmma has.  So many
+// rows go to wgmma, but for those in fp32, whose outputs show that it keeps some 13 bits of a sum.
 #include "bytes_linear.cuh"
+#include "bytes_wgmma.cuh"
 
 // The bits of the nearest e4m3 to v, of two the even one; |v| is at most 448 and a little.
 __device__ inline unsigned nearest_e4m3(float v) {
@@ -70,6 +72,35 @@ struct E4m3 {
     }
 };
 
+#ifdef HOPPER
+struct HopperE4m3 {
+    using Sum = float;
+    using Tag = e4m3;
+    static constexpr bool PROMOTES = true;
+};
+#endif
+
+template <class T> struct Many {
+#ifdef HOPPER
+    static constexpr bool WGMMA = sizeof(T) == 2;
+#else
+    static constexpr bool WGMMA = false;
+#endif
+    static constexpr int THREADS = WGMMA ? 384 : 256;
+};
+
+// `outputs` of a tile count for wgmma alone.
+template <class T>
+__device__ void many(const signed char* q, const signed char* w, Ends<T> ends, int K, int padded,
+                     bool packs, int outputs) {
+#ifdef HOPPER
+    if constexpr (Many<T>::WGMMA)
+        return hopper_gemm<HopperE4m3>(q, w, ends, K, padded, packs, outputs);
+    else
+#endif
+        gemm<E4m3>(q, w, ends, K, padded, packs);
+}
+
 #define ARGUMENTS(T)                                                                             \
     const signed char *q, const float *scale_x, const signed char *w, const float *scale,        \
         const float *bias, T *y, int rows, int N, int K, int padded, int packs
@@ -83,9 +114,9 @@ struct E4m3 {
     fp8_linear_few_##name(ARGUMENTS(T)) {                                                        \
         few<E4m3, T>(q, w, {scale_x, scale, bias, y, rows, N}, K, padded, packs);                \
     }                                                                                            \
-    extern "C" __global__ void __launch_bounds__(256)                                            \
-    fp8_linear_gemm_##name(ARGUMENTS(T)) {                                                       \
-        gemm<E4m3, T>(q, w, {scale_x, scale, bias, y, rows, N}, K, padded, packs);               \
+    extern "C" __global__ void __launch_bounds__(Many<T>::THREADS, 1)                            \
+    fp8_linear_gemm_##name(ARGUMENTS(T), int outputs) {                                          \
+        many<T>(q, w, {scale_x, scale, bias, y, rows, N}, K, padded, packs, outputs);            \
     }
 ENTRY(float, f32)
 ENTRY(bf16, bf16)

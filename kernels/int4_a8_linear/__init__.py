@@ -81,9 +81,8 @@ def int4_a8_linear(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, o
     Returns (..., N) in x's dtype; a row that holds a NaN or infinity gives NaN.
     Helps wherever arithmetic counts, from a single row on where widening weights to floats takes
     longer than reading them: a cache line of weights takes 5 instructions here, 23 with fp32.
-    Measured on a Zen 4 core: one row at 0.97 of the rate of reading; 4096 x 4096, bf16: 4.0
-    times torch's bf16 linear at 8 rows, 2.6 at 16, 1.6 at 64, and 3.4 to 3.6 times
-    ``torch._weight_int4pack_mm_for_cpu``.
+    What it reaches of a plain read of the weights, and of torch's and oneDNN's products, is in
+    reports/findings/quantization.md.
     On a GPU tensor cores add a group in int32 and three operations scale its sum: with groups of
     128 a quarter as many as with 32.  Not measured there yet.
     A group's own scale keeps a large channel of x from costing the accuracy of other groups.

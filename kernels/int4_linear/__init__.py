@@ -98,10 +98,8 @@ def int4_linear(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, outp
     Helps at small batch, where the time is that of reading the weights: 4.5 bits each with groups
     of 32, 4.125 with 128.  Does not at large batch, where widening costs and nothing is saved:
     see ``int4_a8_linear``.
-    Measured on a Zen 4 core (its CPU time, medians of interleaved calls; only ratios mean much),
-    4096 x 4096, groups of 128.  One row: fp32 at 0.83 of the fastest plain read of weights and
-    scales, bf16 at 0.91.  bf16 against torch's bf16 linear: 2.2 times at 8 rows, 1.1 at 64; fp32
-    1.6 and 0.75.
+    What it reaches of a plain read of the weights, and of torch's and oneDNN's products, is in
+    reports/findings/quantization.md.
     On a GPU up to 8 rows are dot products; from 9 on tensor cores take them, in bf16 or fp16, fp32
     as three numbers in bf16.  Not measured there yet.
     A row of a batch has the same bits as alone, on a CPU, but with AVX2 alone for rows in fp32 and

@@ -63,7 +63,7 @@ static void int4_linear(const T* x, int64_t x_stride, const uint32_t* packed, co
             digits, rows.by_digits.size(), w, share.begin, share.end,
             [&](int64_t n, int64_t i, float v) { put(n, rows.by_digits[i], v); });
 #endif
-        int4_rows<Int4Fp32>(
+        int4_rows(
             rows.wide, apart(K), rows.by_floats.size(), w, share.begin, share.end,
             [&](int64_t n, int64_t i, float v) { put(n, rows.by_floats[i], v); });
     };

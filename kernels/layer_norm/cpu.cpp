@@ -10,7 +10,7 @@ template <class T, class F> static double mean_of(const T* x, int64_t n, F f) {
         f32v part[4] = {};
         const int64_t end = i + 2048 < n ? i + 2048 : n;
         for (; i + 4 * LANES <= end; i += 4 * LANES)
-            for (int u = 0; u < 4; ++u) part[u] += f(load(x + i + u * LANES));
+            for (int u = 0; u < 4; ++u) part[u] += f(PART_IN_ANY_ORDER(x + i, u));
         for (; i + LANES <= end; i += LANES) part[0] += f(load(x + i));
         total += sum((part[0] + part[1]) + (part[2] + part[3]));
     }
@@ -28,8 +28,9 @@ static void layer_norm(const T* x, int64_t stride, const T* weight, const T* bia
         const float scale = float(1. / std::sqrt(variance + eps));
         fill_row(
             y + row * n, n, streams<T>(rows, n),
-            [&](int64_t i) {
-                return fma((load(in + i) - mean) * scale, load(weight + i), load(bias + i));
+            [&](AT i) {
+                ASK_FOR(next_row(in, stride, n), i);
+                return fma((PART(in, i) - mean) * scale, PART(weight, i), PART(bias, i));
             },
             [&](int64_t i) {
                 return (to_float(in[i]) - mean) * scale * to_float(weight[i]) + to_float(bias[i]);

@@ -15,6 +15,7 @@ from kernels.decode_attention import (
     empty_like,
 )
 from kernels.decode_attention import bytes_moved as bytes_moved
+from kernels.linears import allocating
 from kernels.op import Op, expect
 
 from . import reference
@@ -37,11 +38,9 @@ def _fake(q, keys, values, block_table, lengths, scale):
     return empty_like(q)
 
 
-def _cpu(q, keys, values, block_table, lengths, scale):
-    y = empty_like(q)
-    if y.numel():
-        attend_cpu(NAME, y, q, keys, values, block_table, lengths, scale)
-    return y
+def into_cpu(y, q, keys, values, block_table, lengths, scale) -> None:
+    """Write y (B, H, T, D), of any strides but the last."""
+    attend_cpu(NAME, y, q, keys, values, block_table, lengths, scale)
 
 
 def _cuda(q, keys, values, block_table, lengths, scale):
@@ -70,8 +69,8 @@ def _flops(q_shape, keys_shape, _values, table_shape, *_, out_shape=None, **__) 
 
 
 _OP = Op(NAME, "(Tensor q, Tensor keys, Tensor values, Tensor block_table, Tensor lengths, "
-         "float scale) -> Tensor", check=_check, fake=_fake, reference=_reference, cpu=_cpu,
-         cuda=_cuda, flops=_flops)  # fmt: skip
+         "float scale) -> Tensor", check=_check, fake=_fake, reference=_reference,
+         cpu=allocating(into_cpu, _fake), cuda=_cuda, flops=_flops)  # fmt: skip
 
 
 def paged_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
@@ -86,6 +85,8 @@ def paged_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
     Returns (B, H, T, D), laid out as (B, T, H, D).  A page that does not exist is refused on the
     CPU; on a GPU, whose host would have to wait to see it, the row becomes NaN.
     Costs a look-up per page over ``decode_attention``; saves the slots that rows never reach.
+    Pages of 16 tokens in random order, one thread of a Zen 3 without AVX-512, heads of 128: 0.77 of
+    a linear read's rate in fp32 and 0.58 in bf16, short of 0.85.
     """
     if scale is None:
         scale = q.shape[-1] ** -0.5

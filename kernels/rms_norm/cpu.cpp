@@ -7,7 +7,8 @@ static void rms_norm(const T* x, int64_t stride, const T* weight, T* y, int64_t 
                      float eps, int threads) {
     each_row(rows, n, threads, [&](int64_t row) {
         const T* in = x + row * stride;
-        norm_row(in, weight, y + row * n, n, inverse_rms(in, n, eps), streams<T>(rows, n));
+        norm_row(in, weight, y + row * n, n, inverse_rms(in, n, eps),
+                 streams<T>(rows, n) AND_NEXT_ROW(in, stride, n));
     });
 }
 

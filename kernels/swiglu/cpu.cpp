@@ -9,8 +9,10 @@ static void swiglu(const T* gate, int64_t gate_stride, const T* up, int64_t up_s
         const T* u = up + row * up_stride;
         fill_row(
             y + row * n, n, streams<T>(rows, n),
-            [&](int64_t i) { return silu(load(g + i)) * load(u + i); },
-            [&](int64_t i) { return silu(splat(to_float(g[i])))[0] * to_float(u[i]); });
+            [&](AT i) { return silu<sizeof(T) == 2>(PART(g, i)) * PART(u, i); },
+            [&](int64_t i) {
+                return silu<sizeof(T) == 2>(splat(to_float(g[i])))[0] * to_float(u[i]);
+            });
     });
 }
 

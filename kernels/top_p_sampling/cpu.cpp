@@ -47,6 +47,17 @@ struct Candidates {
             store(x + n, (f32v)_mm512_maskz_compress_ps(in, (__m512)vx));
             store(e + n, (f32v)_mm512_maskz_compress_ps(in, (__m512)ve));
             n += __builtin_popcount(in);
+#elif defined(__AVX2__)
+            const i32v between = (i32v)(vx >= splat(low)) & (i32v)(vx <= splat(high));
+            int in = _mm256_movemask_ps((__m256)between);
+            if (!in) return;  // most vectors: no lane is taken out of any
+            float lane_x[LANES], lane_e[LANES];
+            store(lane_x, vx);
+            store(lane_e, ve);
+            for (; in; in &= in - 1, ++n) {
+                x[n] = lane_x[__builtin_ctz(in)];
+                e[n] = lane_e[__builtin_ctz(in)];
+            }
 #else
             for (int u = 0; u < LANES; ++u) {
                 x[n] = vx[u];

@@ -5,13 +5,11 @@ Source: Yao et al. 2022 (ZeroQuant, token-wise activations), https://arxiv.org/a
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 
 from kernels import build
 from kernels.build import INT, LONG, POINTER, SUFFIX
-from kernels.linears import allocating, empty_output, int8_checks, linear_flops
+from kernels.linears import allocating, empty_output, int8_checks, launch_bytes, linear_flops
 from kernels.op import Op, expect, rows_of
 
 from . import reference
@@ -41,28 +39,13 @@ def into_cpu(y, x, weight, scale, bias=None) -> None:
              torch.get_num_threads())  # fmt: skip
 
 
-STEP = 64  # inputs that a step of impl='cuda' takes: its rows of int8 are filled up to whole ones
 FEW = 64  # rows up to which impl='cuda' reads the weights once per 16 rows, outputs 8 at a time
 
 
 def into_cuda(y, x, weight, scale, bias=None) -> None:
     """Write y (..., N), contiguous: quantize x, then multiply on tensor cores."""
-    (rows, stride), (n, k) = rows_of(x, "x of w8a8_linear"), weight.shape
-    padded = -(-k // STEP) * STEP
-    q = torch.empty(rows, padded, dtype=torch.int8, device=x.device)
-    scale_x = torch.empty(rows, dtype=torch.float32, device=x.device)
-    suffix, device = SUFFIX[x.dtype], x.device.index or 0
-    first = build.cuda_kernel(NAME, f"{NAME}_quantize_{suffix}", device)
-    build.launch(first, rows, 256, x, q, scale_x, ctypes.c_int64(stride), ctypes.c_int(k),
-                 ctypes.c_int(padded))  # fmt: skip
-    few = rows <= FEW
-    kernel = build.cuda_kernel(NAME, f"{NAME}_{'few' if few else 'gemm'}_{suffix}", device)
-    grid = (-(-n // 8), -(-rows // 16)) if few else (-(-n // 128), -(-rows // 128))
-    packs = k % 16 == 0 and weight.data_ptr() % 16 == 0  # rows of weights start at 16 bytes
-    build.launch(kernel, grid, 128 if few else 256, q, scale_x, weight, scale,
-                 ctypes.c_void_p(0) if bias is None else bias, y, ctypes.c_int(rows),
-                 ctypes.c_int(n), ctypes.c_int(k), ctypes.c_int(padded),
-                 ctypes.c_int(packs))  # fmt: skip
+    wgmma = build.has_wgmma(x.device.index or 0)
+    launch_bytes(NAME, y, x, weight, scale, bias, FEW, wgmma)
 
 
 _OP = Op(NAME, "(Tensor x, Tensor weight, Tensor scale, Tensor? bias=None) -> Tensor", check=_check,

@@ -1,6 +1,7 @@
 // y = (int8(x) w^T) * scale_x * scale + bias, w int8 (N, K).  A first kernel quantizes the rows of x;
 // their sums are whole, so both products give the same bits.
 #include "bytes_linear.cuh"
+#include "bytes_wgmma.cuh"
 
 // Row blockIdx.x of x in int8: q (rows, padded), zeros from K on; scale (rows).
 template <class T>
@@ -43,6 +44,28 @@ struct Int8 {
     }
 };
 
+#ifdef HOPPER
+struct HopperInt8 {
+    using Sum = int;
+    using Tag = s8;
+    static constexpr bool PROMOTES = false;
+};
+#define MANY __launch_bounds__(384, 1)
+#else
+#define MANY __launch_bounds__(256, 2)
+#endif
+
+// `outputs` of a tile count for wgmma alone.
+template <class T>
+__device__ void many(const signed char* q, const signed char* w, Ends<T> ends, int K, int padded,
+                     bool packs, int outputs) {
+#ifdef HOPPER
+    hopper_gemm<HopperInt8>(q, w, ends, K, padded, packs, outputs);
+#else
+    gemm<Int8>(q, w, ends, K, padded, packs);
+#endif
+}
+
 #define ARGUMENTS(T)                                                                             \
     const signed char *q, const float *scale_x, const signed char *w, const float *scale,        \
         const float *bias, T *y, int rows, int N, int K, int padded, int packs
@@ -56,9 +79,9 @@ struct Int8 {
     w8a8_linear_few_##name(ARGUMENTS(T)) {                                                       \
         few<Int8, T>(q, w, {scale_x, scale, bias, y, rows, N}, K, padded, packs);                \
     }                                                                                            \
-    extern "C" __global__ void __launch_bounds__(256, 2)                                         \
-    w8a8_linear_gemm_##name(ARGUMENTS(T)) {                                                      \
-        gemm<Int8, T>(q, w, {scale_x, scale, bias, y, rows, N}, K, padded, packs);               \
+    extern "C" __global__ void MANY                                                              \
+    w8a8_linear_gemm_##name(ARGUMENTS(T), int outputs) {                                         \
+        many<T>(q, w, {scale_x, scale, bias, y, rows, N}, K, padded, packs, outputs);            \
     }
 ENTRY(float, f32)
 ENTRY(bf16, bf16)

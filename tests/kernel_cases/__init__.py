@@ -37,6 +37,9 @@ class Case:
     cuda_mma_kernels  a pattern of the names of those kernels
     shim_elements   the host shim gets the shapes whose sizes multiply to no more
     archs           the architectures that its GPU kernels are compiled for
+    on_hopper       cuda.cu's kernels with a path of their own for sm_90a (common/wgmma.cuh): a
+                    pattern of their names -> the opcode that they must have there
+    hopper_shapes   what the host shim gets for that path whatever its size: of several tiles
     judge           ``judge(*outputs, args)``: the share of the budget, where outputs are choices
                     that rounding may turn: to which, it knows
     """
@@ -59,6 +62,8 @@ class Case:
     uses: str = "__syncthreads"
     shim_shapes: tuple = ((1, 64), (3, 301))
     archs: tuple[str, ...] = ("sm_80", "sm_90a")
+    on_hopper: dict[str, str] = field(default_factory=dict)
+    hopper_shapes: tuple = ()
     judge: Callable | None = None
 
     def reference(self, *args):

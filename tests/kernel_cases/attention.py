@@ -7,10 +7,12 @@ from tests.kernel_cases import Case, Rival, Speed, bad, random
 
 FULL, CAUSAL = 1, 2
 # batch, heads, kv heads, queries, keys, head_dim, mask: grouped and longer keys; one of each;
-# several blocks of both, one key over; head 128; odd head; no query, no key, no row
+# several blocks of both, one key over; head 128; odd head; no query, no key, no row;
+# two blocks of 128 queries, four of keys
 PREFILL = [(3, 4, 2, 5, 7, 16, CAUSAL), (1, 1, 1, 1, 1, 1, CAUSAL), (1, 2, 1, 129, 641, 64, CAUSAL),
            (1, 3, 3, 70, 131, 128, FULL), (2, 2, 1, 33, 40, 37, FULL), (2, 2, 1, 0, 3, 8, CAUSAL),
-           (1, 2, 1, 3, 0, 8, FULL), (0, 2, 1, 3, 3, 8, CAUSAL)]  # fmt: skip
+           (1, 2, 1, 3, 0, 8, FULL), (0, 2, 1, 3, 3, 8, CAUSAL),
+           (1, 2, 1, 130, 400, 100, CAUSAL)]  # fmt: skip
 
 
 def _flash_attention(shape, dtype):
@@ -66,6 +68,8 @@ CASES = [
         mma_kernels="-(bf16|fp16)$",
         cuda_mma="HMMA",
         cuda_mma_kernels="_(bf16|f16)$",
+        on_hopper={"_(bf16|f16)": "HGMMA"},
+        hopper_shapes=(*PREFILL[2:5], (1, 2, 1, 130, 400, 100, CAUSAL)),
     ),
     Case(
         "decode_attention",

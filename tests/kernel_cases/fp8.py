@@ -4,7 +4,7 @@ import torch
 from torch.nn.functional import linear
 
 from tests.kernel_cases import Case, Rival, Speed, bad, random
-from tests.kernel_cases.linears import LAYERS, LINEAR
+from tests.kernel_cases.linears import LAYERS, LINEAR, MANY
 
 
 def _fp8_linear(shape, dtype):
@@ -18,7 +18,7 @@ CASES = [
     Case(
         "fp8_linear",
         _fp8_linear,
-        LINEAR,
+        [*LINEAR, *MANY],
         large=(6, 700, 130),
         order_changes={"fp32": 8, "bf16": 8, "fp16": 8},
         shim_shapes=((3, 9, 70), (66, 3, 80)),  # by groups of 16 rows, by tiles of 128
@@ -27,6 +27,8 @@ CASES = [
         mma={"sm_90a": "QGMMA"},
         mma_kernels="gemm_kernel-",  # not gemm_kernel[half]-, which multiplies fp16
         cuda_mma="HMMA",  # what ptxas makes of mma.sync in e4m3 on sm_90a, after unpacking to fp16
+        on_hopper={"gemm_(bf16|f16)": "QGMMA"},
+        hopper_shapes=MANY,
     )
 ]
 

@@ -136,6 +136,9 @@ BAD = [
         ("scale", r"needs scale \(2, 64 / group, 16\) bfloat16 of groups of 32 or 128, not "
          "torch.float32", _with(scale=lambda t: t.float())),
         ("group", "of groups of 32 or 128", _with(scale=lambda t: t[:, :1].contiguous())),
+        ("remainder", r"needs scale \(2, 296 / group, 16\)",
+         _with(x=lambda t: r(2, 296), packed=lambda t: t.repeat(1, 5, 1)[:, :37].contiguous(),
+               scale=lambda t: t.repeat(1, 5, 1)[:, :9].contiguous())),
         ("blocks", "of groups of 32 or 128", _with(scale=lambda t: t[:1])),
         ("outputs", "of 2 blocks of 16 outputs has 17 to 32 outputs, not 40",
          _with(outputs=lambda n: 40)),

@@ -3,11 +3,14 @@
 import torch
 from torch.nn.functional import linear
 
+from impl.machine import cpu_flags
 from tests.kernel_cases import Case, Rival, Speed, bad, random
 
 # rows, outputs, inputs: odd everywhere, one of each, none of each, more rows than any tile
 LINEAR = [(5, 19, 97), (1, 64, 128), (3, 1, 130), (2, 3, 1), (0, 4, 8), (2, 0, 8), (3, 5, 0),
           (67, 33, 70)]  # fmt: skip
+# several tiles of 128 rows, and of outputs and inputs one over; tiles of 256 outputs, few inputs
+MANY = ((130, 129, 272), (257, 260, 40))
 
 
 def _int8_linear(shape, dtype):
@@ -41,12 +44,14 @@ CASES = [
     Case(
         "w8a8_linear",
         _int8_linear,
-        LINEAR,
+        [*LINEAR, *MANY],
         large=(6, 700, 130),
         shim_shapes=((3, 9, 70), (66, 3, 80)),  # by groups of 16 rows, by tiles of 128
         shim_elements=160_000,
         mma={"sm_80": "IMMA", "sm_90a": "IGMMA"},
         cuda_mma="IMMA",
+        on_hopper={"gemm_\\w+": "IGMMA"},
+        hopper_shapes=MANY,
     ),
     Case(
         "lm_head_argmax",
@@ -100,7 +105,10 @@ def _dynamic_int8(x, weight, scale, bias):
     """oneDNN's int8 product; x is quantized by torch, in the timed call.
 
     As unsigned bytes around 128: of signed ones oneDNN makes 0.1 GOP/s here, in its reference code.
+    Without VNNI it adds up two products in 16 bits, which full ranges overflow.
     """
+    if not {"avx512_vnni", "avx_vnni"} & cpu_flags():
+        raise NotImplementedError("without VNNI oneDNN's sums of two products saturate")
     packed = torch.ops.onednn.qlinear_prepack(weight, None)
     return x, packed, scale, torch.zeros(weight.shape[0], dtype=torch.int32)
 

@@ -88,7 +88,7 @@ def study_of(config: pytest.Config) -> Study:
 def needs_compiler(techniques: Iterable[str]) -> bool:
     """Whether building the stack compiles something."""
     known = [TECHNIQUES[name] for name in techniques if name in TECHNIQUES]
-    return any("compiler" in t.requires for t in known)
+    return any(t.requires & {"compiler", "kernels"} for t in known)
 
 
 def is_cell(item: pytest.Item) -> bool:

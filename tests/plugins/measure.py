@@ -19,6 +19,7 @@ from tests.plugins.study import Study
 from tests.plugins.tables import Sampling, Sides, TableCell
 
 HIDDEN_WORK = 1.2  # wall over event time of the same calls
+PROBES_AGAIN = 5  # before a time is called impossible: a shared machine has slow moments
 STREAMS = 5  # generations timed token by token
 
 
@@ -234,7 +235,9 @@ class Bench:
         limit = ceilings.limit(moved, flops, dtype, working_set, written)
         if limit is None:
             return
-        if limit.beaten_by(seconds):
+        for _ in range(PROBES_AGAIN):
+            if not limit.beaten_by(seconds):
+                break
             ceilings.probe_again(working_set, (dtype,))
             limit = ceilings.limit(moved, flops, dtype, working_set, written)
             assert limit is not None
