@@ -191,7 +191,6 @@ constexpr int64_t panel_scratch(int64_t M, int64_t words) {
     return (words + 4 + tall(3 * M)) * PANEL;
 }
 
-
 // done(m, n, count, sums) for rows m < M of x and runs of outputs in n0 <= n < n1: sums[i] is
 // x row m . weights of output n + i.  x stands in rows of `words` words, x_stride apart, tall(M) of
 // them readable; fill(first output, past the last, first word, past the last, panel) turns weights.

@@ -85,9 +85,9 @@ def int8_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor,
     On a GPU from 65 rows on tensor cores take them, in bf16 or fp16, fp32 as three numbers in bf16.
     Not measured there yet.
     A row of a batch has the same bits as alone, on a CPU, but see below.  There, with VNNI or with
-    AVX2, a row in bf16 is taken as whole numbers of 16 bits, relative to its largest, unless that is
-    32 times the root of the mean square or not finite: then in fp32.  With AVX2 alone a row in fp32
-    or fp16 of fewer than 32 is taken as whole numbers of 30 bits, whose products are added up
+    AVX2, a row in bf16 is taken as whole numbers of 16 bits, relative to its largest, unless that
+    is 32 times the root of the mean square or not finite: then in fp32.  With AVX2 alone a row in
+    fp32 or fp16 of fewer than 32 is taken as whole numbers of 30 bits, whose products are added up
     exactly; from 32 rows on fused multiply-adds in fp32 are faster, in another order of sums, and
     a row may differ from one alone by their rounding.
     """
