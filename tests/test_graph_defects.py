@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
 from impl.core import Sampling
-from impl.fusion import graphs
+from impl.fusion import graphs, steps
 from impl.fusion.graphs import GraphStep
 from kernels import build
 from tests.recorded import Synchronized
@@ -100,3 +102,55 @@ def test_a_capture_that_is_not_launched_is_noticed(plant):
 
 def test_a_step_without_a_defect_passes_where_they_fail(plant):
     assert not goes_wrong(plant("hidden", lambda hidden: hidden))
+
+
+# ---- CUDA's own capture, its calls alone -----------------------------------------------------
+
+
+def test_a_capture_follows_calls_on_a_side_stream_whose_inputs_are_set_anew(monkeypatch):
+    log = []
+
+    class Stream:
+        def __init__(self, name="side"):
+            self.name = name
+
+        def wait_stream(self, other):
+            log.append(f"{self.name} waits for {other.name}")
+
+    class Inside(contextlib.nullcontext):
+        def __init__(self, name, **options):
+            super().__init__()
+            self.name = name
+            log.append(f"enters {name}{''.join(f' {k}={v}' for k, v in options.items())}")
+
+        def __exit__(self, *_):
+            log.append(f"leaves {self.name}")
+
+    class Graph:
+        def replay(self):
+            log.append("replay")
+
+    for name, stand_in in {
+        "Stream": Stream, "current_stream": lambda: Stream("current"), "CUDAGraph": Graph,
+        "stream": lambda s: Inside(s.name), "device": lambda d: contextlib.nullcontext(),
+        "graph": lambda _, **options: Inside("capture", **options),
+        "graph_pool_handle": lambda: "pool",
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    capture = graphs.CudaGraphs(torch.device("cuda"))
+    replay = capture(lambda: log.append("step"), lambda: log.append("before"))
+    replay()
+    assert log == ["side waits for current", "enters side", *["before", "step"] * graphs.WARM_UPS,
+                   "leaves side", "current waits for side",
+                   "enters capture pool=pool capture_error_mode=thread_local", "step",
+                   "leaves capture", "replay"]  # fmt: skip
+
+
+def test_the_device_of_the_engine_chooses_between_one_call_and_a_graph(monkeypatch):
+    monkeypatch.setattr(graphs, "CudaGraphs", lambda device: f"graphs on {device}")
+    monkeypatch.setattr(steps, "step_by_graph", lambda engine, capture: capture)
+    monkeypatch.setattr(steps, "step_by_call", lambda engine: "one call")
+    engine = lean(HOST)
+    assert steps.decode_step(engine) == "one call"
+    engine.device = torch.device("cuda:1")
+    assert steps.decode_step(engine) == "graphs on cuda:1"
