@@ -210,7 +210,7 @@ template <class T> struct Launch {  // queries and threads of a block; blocks of
     static constexpr bool WGMMA = false;
 #endif
     static constexpr int ROWS = sizeof(T) == 4 ? 32 : WGMMA ? 128 : 64, THREADS = WGMMA ? 384 : 128;
-    static constexpr int blocks(int D) { return WGMMA ? 1 : D == 64 ? 3 : 2; }
+    static constexpr int BLOCKS_64 = WGMMA ? 1 : 3, BLOCKS_128 = WGMMA ? 1 : 2;
 };
 
 template <class T, int D>
@@ -244,9 +244,9 @@ __device__ void flash_attention(const T* q, const T* k, const T* v, T* y, Places
     flash_attention<T, D>(q, k, v, y, {q0, q1, q2}, {k0, k1, k2}, {v0, v1, v2}, {y0, y1, y2},    \
                           group, T_, S, dim, causal, packs, scale)
 #define ENTRY(T, name)                                                                           \
-    extern "C" __global__ void __launch_bounds__(Launch<T>::THREADS, Launch<T>::blocks(64))      \
+    extern "C" __global__ void __launch_bounds__(Launch<T>::THREADS, Launch<T>::BLOCKS_64)       \
     flash_attention_64_##name(ARGUMENTS(T)) { BODY(T, 64); }                                     \
-    extern "C" __global__ void __launch_bounds__(Launch<T>::THREADS, Launch<T>::blocks(128))     \
+    extern "C" __global__ void __launch_bounds__(Launch<T>::THREADS, Launch<T>::BLOCKS_128)      \
     flash_attention_128_##name(ARGUMENTS(T)) { BODY(T, 128); }
 ENTRY(float, f32)
 ENTRY(bf16, bf16)
