@@ -298,6 +298,19 @@ def seconds_per_round(often: dict[str, int], quickest: dict[str, float]) -> floa
     return sum(often[side] * once for side, once in quickest.items())
 
 
+def balanced_orders(slots: list[str], rounds: int, rng: random.Random) -> list[list[str]]:
+    """Random orders and the reverse of each, shuffled: nobody comes first more often.
+
+    Who comes first finds the inputs cold, 2 % of a call of 5 us.  Of orders drawn one by one a
+    side is now and then first so often that all middle ratios lie at +2 %: as narrow an interval
+    as sampling waits for, and a false one.  Of 400 comparisons of code with itself 40 ended so.
+    """
+    drawn = [rng.sample(slots, len(slots)) for _ in range((rounds + 1) // 2)]
+    orders = drawn + [order[::-1] for order in drawn]
+    rng.shuffle(orders)
+    return orders[:rounds]
+
+
 def _needs_and_has(
     rounds: Rounds, quickest: dict[str, float], limits: Limits, start: float
 ) -> tuple[float, float]:
@@ -319,8 +332,8 @@ def sample_rounds(
     """Time all sides on the same inputs until every interval is narrow or the share is spent.
 
     ``sides`` maps ``reference`` and what it is compared with to calls.  The order inside a round
-    is random (``seed``); the sample of a side that it calls several times is their mean.  Raises
-    `DoesNotFit` before the first sample.
+    is random (``seed``) and balanced over a chunk; the sample of a side that it calls several
+    times is their mean.  Raises `DoesNotFit` before the first sample.
     """
     rng, start = random.Random(seed), time.perf_counter()
     rounds = Rounds({side: [] for side in sides}, reference=reference)
@@ -347,9 +360,9 @@ def sample_rounds(
         while not rounds.stop:
             marks: dict[str, list[Any]] = {side: [] for side in sides}
             spent = False
-            for i in range(1, limits.chunk + 1):
+            for i, order in enumerate(balanced_orders(slots, limits.chunk, rng), 1):
                 batch = [rng.choice(inputs) for _ in range(rounds.calls)]
-                for side in rng.sample(slots, len(slots)):
+                for side in order:
                     marks[side].append(watch.time(sides[side], batch))
                 start += limits.pause()
                 spent = time.perf_counter() - start > limits.seconds
