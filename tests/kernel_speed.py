@@ -365,7 +365,7 @@ def _measure(cell: KernelCell, bench: Callable[..., Any], device: str) -> None:
         flush=cold_cache(device, last_level_cache(device)) if on_gpu else None,
         bytes_moved=speed.bytes_moved(cell.shape, DTYPES[cell.precision]),
         flops=speed.flops(cell.shape, given[0].args, wanted[0]),
-        compute_dtype=speed.compute,
+        compute_dtype=speed.limited_by(cell.precision),
         working_set=len(given) * nbytes(given[0].args) + sum(y.nbytes for y in buffers),
         bytes_written=sum(y.nbytes for y in wanted),
         weight_bytes=weights,

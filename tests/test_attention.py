@@ -143,11 +143,13 @@ def test_slots_beyond_the_length_are_never_read(dtype):
 
 @pytest.mark.parametrize("level", build.isas())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_infinite_value_in_the_last_slot_is_what_comes_out(level, dtype):
-    q, keys, values = cached(2, 3, 1, 1, 42, 40, dtype)  # no whole vector of keys, nor of numbers
-    values[:, :, 41] = torch.inf  # must not be what fills the last vector up, with a weight of 0
+@pytest.mark.parametrize("slots", [41, 42])
+def test_an_infinite_value_in_the_last_slot_is_what_comes_out(level, dtype, slots):
+    # no whole vector of keys, nor of numbers; of 41 the last has no neighbour in a pair
+    q, keys, values = cached(2, 3, 1, 1, slots, 40, dtype)
+    values[:, :, -1] = torch.inf  # must not be what fills the last vector up, with a weight of 0
     with build.isa(level):
-        got = decode_attention(q, keys, values, torch.tensor([42, 42]), impl="cpu")
+        got = decode_attention(q, keys, values, torch.tensor([slots, slots]), impl="cpu")
     assert (got == torch.inf).all()
 
 

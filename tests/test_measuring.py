@@ -1,5 +1,6 @@
 """The parts of the harness alone: ceilings, bytes, tokens, the machine."""
 
+import ctypes
 import itertools
 import json
 import re
@@ -9,6 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from kernels import build
+from tests import kernel_cases
 from tests.emulated import Ticker
 from tests.plugins import ceilings as probes
 from tests.plugins import machine, memory, tokens
@@ -106,6 +109,60 @@ def test_a_product_without_instructions_is_probed_small(monkeypatch):
 
 def test_int8_is_probed_by_what_is_quick_without_vnni():
     assert "onednn" in dict(probes._products("cpu", "int8", 64))
+
+
+def test_whole_numbers_are_probed_in_registers():
+    """What kernels do with int4 and int16 no library does: its products are no limit of theirs."""
+    if reason := build.lacks_compiler():
+        pytest.skip(reason)
+    found = {dtype: probes._gemm("cpu", dtype, 0.05) for dtype in ("int4", "int16", "fp32")}
+    if found["int4"] is None:
+        pytest.skip("needs an x86 processor")
+    rates = {dtype: p["flops_per_s"] for dtype, p in found.items()}
+    assert found["int4"]["path"] == found["int16"]["path"] == "registers"
+    assert rates["int16"] < rates["int4"] < 1e14
+    assert rates["int16"] > rates["fp32"] / 4, "of one core while another waits"
+    assert probes._gemm("cuda", "int16", 0.05) is None
+
+
+def test_every_kernel_is_held_to_an_arithmetic_that_is_probed():
+    held = {(speed.op, precision): speed.limited_by(precision)
+            for speed in kernel_cases.SPEEDS.values() for precision in ("fp32", "bf16")}  # fmt: skip
+    assert set(held.values()) <= set(probes.CAN_COMPUTE)
+    assert held["int8_linear", "bf16"] == "int16"  # 16 bits of bf16, exactly
+    assert held["int8_linear", "fp32"] == held["softmax", "fp32"] == "fp32"
+    assert held["int4_a8_linear", "fp32"] == "int4"
+
+
+def test_products_are_counted_as_they_are_made():
+    if reason := build.lacks_compiler():
+        pytest.skip(reason)
+    arguments = (ctypes.c_int64, ctypes.c_int)
+    for level in build.isas():
+        with build.isa(level):
+            made = {
+                kind: build.cpu_function("products", f"products_{kind}", arguments, ctypes.c_int64)
+                for kind in ("int16", "int4")
+            }
+            counts = {kind: call(3, 1) for kind, call in made.items()}
+            assert made["int16"](3, 2) == 2 * counts["int16"]
+        assert counts["int4"] == 2 * counts["int16"]
+        vector = {"plain": 16, "avx2": 32}.get(level, 64)
+        assert counts["int4"] == 2 * vector * 10 * 3
+
+
+def test_probing_again_takes_the_arithmetic_that_set_the_limit(monkeypatch):
+    """bf16 work is held to fp32's rate where that is higher: a quiet moment must show that one."""
+    ceilings = made_up(fp32=1e12, bf16=1e10, int8=2e12)
+    ceilings.first["copy"]["working_set_bytes"] = 1 << 20
+    rate = {"bytes_per_s": 1.0, "working_set_bytes": 1 << 20, "spread": 0.0, "path": ""}
+    quiet = {"flops_per_s": 4e12, "spread": 0.0, "path": ""}
+    monkeypatch.setattr(probes, "_read", lambda *args: rate)
+    monkeypatch.setattr(probes, "_copy", lambda *args: rate)
+    monkeypatch.setattr(probes, "_gemm", lambda device, dtype, s: quiet)
+    ceilings.probe_again(1 << 20, ("bf16",))
+    assert ceilings.compute_rate("bf16")[0] == 4e12
+    assert ceilings.first["gemm"]["int8"]["flops_per_s"] == 2e12, "nothing to do with bf16"
 
 
 # ---- bytes -------------------------------------------------------------------------------

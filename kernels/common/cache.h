@@ -208,14 +208,16 @@ private:
             });
         });
         for (int64_t i = 0; i < n; i += 2) {
-            const T *a = values[i] + d, *b = values[i + 1 < n ? i + 1 : i] + d;
+            const bool alone = i + 1 == n;  // beside the last: zeros, for 0 times infinity is NaN
+            const T *a = values[i] + d, *b = values[alone ? i : i + 1] + d;
             word_v first[V], second[V];
             unrolled<V>([&](auto u) INLINED {
                 if (fetch) {
                     __builtin_prefetch(values[i + AHEAD] + d + 2 * u * LANES, 0, 2);
                     __builtin_prefetch(values[i + AHEAD + 1] + d + 2 * u * LANES, 0, 2);
                 }
-                const __m512i even = load_as<__m512i>(a + 2 * u * LANES), odd = load_as<__m512i>(b + 2 * u * LANES);
+                const __m512i even = load_as<__m512i>(a + 2 * u * LANES);
+                const __m512i odd = alone ? __m512i{} : load_as<__m512i>(b + 2 * u * LANES);
                 first[u] = (word_v)_mm512_unpacklo_epi16(even, odd);
                 second[u] = (word_v)_mm512_unpackhi_epi16(even, odd);
             });

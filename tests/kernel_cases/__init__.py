@@ -142,7 +142,8 @@ class Speed:
     eager      the baseline; it is also what torch.compile gets
     peers      name -> the same work by a library; the fastest that agrees stands in the record
     weights    whether the arguments after the first are weights, which a step only reads
-    compute    the precision whose matrix rate limits it, where that is not the inputs'
+    compute    the arithmetic whose rate limits it, by precision or of all (""), where that is not
+               the precision's
     rows       ``rows(*shape)``: the cell's batch
     moved      ``moved(shape, itemsize)``, where that is not its ``bytes_moved(*shape, itemsize)``
     arithmetic ``arithmetic(shape)``, where that is not its ``flops(*shape)`` nor torch's formula
@@ -156,11 +157,15 @@ class Speed:
     eager: Rival
     peers: dict[str, Rival] = field(default_factory=dict)
     weights: bool = False
-    compute: str | None = None
+    compute: dict[str, str] = field(default_factory=dict)
     rows: Callable = lambda *shape: shape[0]
     moved: Callable | None = None
     arithmetic: Callable | None = None
     closeness: float | None = 20.0
+
+    def limited_by(self, precision: str) -> str:
+        """The arithmetic whose rate limits it, a key of ``tests.plugins.ceilings.CAN_COMPUTE``."""
+        return self.compute.get(precision) or self.compute.get("") or precision
 
     def bytes_moved(self, shape, dtype: torch.dtype) -> int:
         """The operation's own count."""

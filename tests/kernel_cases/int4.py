@@ -106,7 +106,8 @@ def _speed(op):
 
     return Speed(
         op, _timed_linear, LAYERS, core=4, eager=Rival(linear, _dequantized()), peers=PEERS,
-        weights=True, moved=moved, compute="int8" if "a8" in op else None)  # fmt: skip
+        weights=True, moved=moved,
+        compute={"": "int4"} if "a8" in op else {"bf16": "int16"})  # fmt: skip
 
 
 SPEEDS = [_speed("int4_linear"), _speed("int4_a8_linear")]

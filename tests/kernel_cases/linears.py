@@ -138,11 +138,11 @@ PEERS = {
 }
 SPEEDS = [
     Speed("int8_linear", _timed_linear, LAYERS, core=4, eager=Rival(linear, _dequantized()),
-          peers=PEERS, weights=True),
+          peers=PEERS, weights=True, compute={"bf16": "int16"}),
     Speed("w8a8_linear", _timed_linear, LAYERS, core=4, eager=Rival(linear, _dequantized()),
           peers={**PEERS, "onednn_dynamic_int8": Rival(_dynamic_int8_linear, _dynamic_int8),
                  "torch_int_mm": Rival(_int_mm_linear, _int_mm)},
-          weights=True, compute="int8"),
+          weights=True, compute={"": "int8"}),
     # the head of a Llama of 1 billion with the vocabulary of Llama 2
     Speed("lm_head_argmax", _lm_head_argmax,
           ((1, 32000, 2048), (8, 32000, 2048), (64, 32000, 2048)), core=2,

@@ -27,8 +27,11 @@ CAN_COMPUTE = {  # arithmetic of the key may as well be done in any of these dty
     "bf16": ("bf16", "fp16", "tf32", "fp32"),
     "fp16": ("fp16", "bf16", "tf32", "fp32"),
     "fp8": ("fp8", "fp16", "bf16", "tf32", "fp32"),
-    "int8": ("int8", "fp8", "fp16", "bf16", "tf32", "fp32"),
+    "int16": ("int16", "fp16", "bf16", "tf32", "fp32"),
+    "int8": ("int8", "int16", "fp8", "fp16", "bf16", "tf32", "fp32"),
+    "int4": ("int4", "int8", "int16", "fp8", "fp16", "bf16", "tf32", "fp32"),
 }
+IN_REGISTERS = {"int16", "int4"}  # of a CPU: no library multiplies these, kernels of ours do
 
 Run = Callable[[], Any]
 
@@ -132,7 +135,8 @@ class Ceilings:
         copy = _copy(self.device, int(first["copy"]["working_set_bytes"]) // 2, 0.3)
         if copy["bytes_per_s"] > first["copy"]["bytes_per_s"]:
             first["copy"] = copy
-        for dtype in dtypes:
+        able = {other for dtype in dtypes for other in CAN_COMPUTE.get(dtype, CAN_COMPUTE["int8"])}
+        for dtype in sorted(able):
             if dtype in first["gemm"]:
                 again = _gemm(self.device, dtype, 0.3)
                 if again and again["flops_per_s"] > first["gemm"][dtype]["flops_per_s"]:
@@ -262,10 +266,31 @@ def _memcpy(pool: ThreadPoolExecutor, parts: int, y: Any, x: Any) -> None:
         piece.result()
 
 
+def _registers(dtype: str, seconds: float) -> dict[str, Any] | None:
+    """Products of whole numbers in registers: what the vector units could do without any memory."""
+    import torch
+
+    from kernels import build
+
+    if build.lacks_compiler():
+        return None
+    steps, threads = 20_000, torch.get_num_threads()
+    arguments = (ctypes.c_int64, ctypes.c_int)
+    products = build.cpu_function("products", f"products_{dtype}", arguments, ctypes.c_int64)
+    work = products(steps, threads)
+    if not work:
+        return None
+    paths: dict[str, Run] = {"registers": lambda: products(steps, threads)}
+    path, rate, spread = _fastest(paths, work, "cpu", seconds)
+    return {"flops_per_s": rate, "spread": spread, "path": path}
+
+
 def _gemm(device: str, dtype: str, seconds: float) -> dict[str, Any] | None:
     """A square product in the fastest way this machine offers, or None where it has none."""
     import torch
 
+    if dtype in IN_REGISTERS:
+        return None if device.startswith("cuda") else _registers(dtype, seconds)
     with torch.inference_mode(), _exact_fp32(dtype):
         paths: dict[str, Run] = {}
         n = 8192 if device.startswith("cuda") else SMALL
