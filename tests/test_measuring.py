@@ -126,8 +126,8 @@ def test_whole_numbers_are_probed_in_registers():
 
 
 def test_every_kernel_is_held_to_an_arithmetic_that_is_probed():
-    held = {(speed.op, precision): speed.limited_by(precision)
-            for speed in kernel_cases.SPEEDS.values() for precision in ("fp32", "bf16")}  # fmt: skip
+    speeds, precisions = kernel_cases.SPEEDS.values(), ("fp32", "bf16")
+    held = {(s.op, p): s.limited_by(p) for s in speeds for p in precisions}
     assert set(held.values()) <= set(probes.CAN_COMPUTE)
     assert held["int8_linear", "bf16"] == "int16"  # 16 bits of bf16, exactly
     assert held["int8_linear", "fp32"] == held["softmax", "fp32"] == "fp32"

@@ -20,8 +20,7 @@ template <class T> constexpr int DIGITS_OF = 0;
 #if defined(HAS_SHORTS)
 constexpr float PEAK = 32.f;
 constexpr float PEAK_OF_HALVES = 4096.f;  // what is cut off is then 2^-17 of an average number
-constexpr int64_t TURNED = 8;  // rows of shorts from which panels are faster than dot products
-constexpr int64_t MANY = 32;   // rows from which fp32 is: a row of so many may differ in bits from one alone
+constexpr int64_t MANY = 32;  // rows from which fp32 is: a row of so many may differ in bits from one alone
 
 template <class T>
 static void int8_linear(const T* x, int64_t x_stride, const int8_t* w, const float* scale,
@@ -56,9 +55,9 @@ static void int8_linear(const T* x, int64_t x_stride, const int8_t* w, const flo
         put(n, rows.by_digits[i], float(v) * row_scale[i]);
     };
     const auto run = [&](int thread, int of) {
-        const Share share(N, thread, of, M < TURNED ? int64_t(TILE_ROWS) : PANEL);
+        const Share share(N, thread, of, parts * M < TURNED ? int64_t(TILE_ROWS) : PANEL);
         const std::unique_ptr<Word[]> scratch(new Word[panel_scratch(parts * M, 0)]);
-        if (shorts >= TURNED) {
+        if (parts * shorts >= TURNED) {
             panel_rows<Shorts>(
                 (const Word*)narrow, apart(K) / 2, parts * shorts, (K + 31) / 32 * 16, share.begin,
                 share.end, scratch.get(),

@@ -48,8 +48,6 @@ inline word4 words(TurnedBytes, const int8_t* p) { return load_as<word4>(p) ^ 0x
 #endif
 
 #if defined(HAS_SHORTS)
-constexpr int64_t TURNED = 8;  // rows from which panels are faster than dot products
-
 template <class T>
 static void w8a8_linear(const T* x, int64_t x_stride, const int8_t* w, const float* scale,
                         const float* bias, T* y, int64_t M, int64_t N, int64_t K, int threads) {
