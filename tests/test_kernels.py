@@ -174,6 +174,25 @@ def test_a_row_of_many_has_the_bits_of_one_alone(op, route, dtype, monkeypatch):
             assert same_bits(run(args[0][m : m + 1].clone(), *args[1:]), together[m : m + 1])
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 8, 41])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("route", CPU_ROUTES)
+@pytest.mark.parametrize("op", ["int8_linear", "w8a8_linear"])
+def test_long_sums_of_the_largest_numbers_do_not_overflow(op, route, dtype, rows, monkeypatch):
+    """Every product at its largest and of one sign, beyond what 32 bits add up, by every tile."""
+    outputs, inputs = 19, 9001
+    largest = 1 - 2**-8  # as whole numbers of 8, 15 or 30 bits too
+    sign = torch.tensor([1.0, -1.0]).repeat(rows)[:rows, None]
+    x = (sign * largest).repeat(1, inputs).to(DTYPES[dtype])
+    weight = torch.full((outputs, inputs), -128, dtype=torch.int8)
+    weight[1::2] = 127
+    exact = x.double() @ weight.double().T * 2**-10
+    with route_open(op, route, monkeypatch) as run:
+        y = run(x, weight, torch.full((outputs,), 2**-10), None)
+    rounding = 2**-8 if dtype == "bf16" else inputs * 2**-24  # of a plain sum in fp32
+    torch.testing.assert_close(y.double(), exact, rtol=rounding, atol=0)
+
+
 @pytest.mark.parametrize(("case", "route", "dtype"), ALL_FIRST)
 def test_strided_rows_give_the_same(case, route, dtype, monkeypatch):
     args = case.make(case.shapes[0], DTYPES[dtype])

@@ -161,13 +161,32 @@ inline void dot_tile(const typename D::X* x, int64_t x_stride, const W* w, int64
     typename D::Sum acc[R][M] = {};
     const W* fetched = w + ahead;  // beside w, not an addition in each address: 6 % of one row
     int64_t k = 0;
+    const auto row_at = [&](int m, int64_t at) INLINED {
+        return D::widen(x + m * x_stride + at * D::PLANES);
+    };
+    const auto weights_at = [&](int r, int64_t at) INLINED {
+        return D::widen(w + r * w_stride + at);
+    };
     const auto step = [&](int64_t at) INLINED {
-        typename D::Vector row[M];
-        unrolled<M>([&](auto m) INLINED { row[m] = D::widen(x + m * x_stride + at * D::PLANES); });
-        unrolled<R>([&](auto r) INLINED {
-            const auto weights = D::widen(w + r * w_stride + at);
-            unrolled<M>([&](auto m) INLINED { acc[r][m] = D::mac(acc[r][m], row[m], weights); });
-        });
+        if constexpr (2 * R <= M) {  // the fewer are held in registers while the others pass
+            typename D::Vector weights[R];
+            unrolled<R>([&](auto r) INLINED { weights[r] = weights_at(r, at); });
+            unrolled<M>([&](auto m) INLINED {
+                const auto row = row_at(m, at);
+                unrolled<R>([&](auto r) INLINED {
+                    acc[r][m] = D::mac(acc[r][m], row, weights[r]);
+                });
+            });
+        } else {
+            typename D::Vector row[M];
+            unrolled<M>([&](auto m) INLINED { row[m] = row_at(m, at); });
+            unrolled<R>([&](auto r) INLINED {
+                const auto weights = weights_at(r, at);
+                unrolled<M>([&](auto m) INLINED {
+                    acc[r][m] = D::mac(acc[r][m], row[m], weights);
+                });
+            });
+        }
     };
     for (; k + LINE <= K; k += LINE) {
         if (PREFETCH)  // the same place in rows to come: the hardware stops at each row's end

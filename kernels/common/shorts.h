@@ -58,66 +58,45 @@ constexpr int64_t MOST_INPUTS = 1 << 16;  // whose sums of two halves a double h
 // rows, 0.77 at 16, 0.98 at 32, 1.06 at 48 (inputs and outputs 4096, two threads).
 constexpr int64_t TURNED = 40;
 
-// total[m][r] += x row m . w row r for R rows of weights and M of shorts.  Three shifts widen 32 weights
-// for M rows, where turning them into a panel takes eight instructions.
-template <int R, int M>
-inline void shorts_tile(const int16_t* x, int64_t x_stride, const int8_t* w, int64_t w_stride,
-                        int64_t ahead, int64_t K, double (*total)[TILE_ROWS]) {
-    i32v acc[R * M] = {};
-    const auto step = [&](int64_t k, auto weights) INLINED {
-        DotShorts::Vector v[R];
-        unrolled<R>([&](auto r) INLINED { v[r] = weights(r); });
-        unrolled<M>([&](auto m) INLINED {
-            const auto row = DotShorts::widen(x + m * x_stride + k);
-            unrolled<R>([&](auto r) INLINED {
-                acc[r * M + m] = DotShorts::mac({acc[r * M + m]}, row, v[r]).lanes;
-            });
-        });
-    };
-    int64_t k = 0;
-    for (; k + 32 <= K; k += 32) {
-        if (ahead && k % 64 == 0)
-            unrolled<R>([&](auto r) INLINED {
-                __builtin_prefetch(w + r * w_stride + k + ahead, 0, 2);
-            });
-        step(k, [&](auto r) INLINED { return DotShorts::widen(w + r * w_stride + k); });
-    }
-    if (k < K)
-        step(k, [&](auto r) INLINED { return widen_tail<DotShorts>(w + r * w_stride + k, K - k); });
-    for (int i = 0; i < R * M; i += 4) {
-        DotShorts::Sum four[4];
-        double sums[4];
-        for (int j = 0; j < 4; ++j) four[j] = {acc[i + j < R * M ? i + j : 0]};
-        lanes_sums(four, sums);
-        for (int j = i; j < i + 4 && j < R * M; ++j) total[j % M][j / M] += sums[j - i];
-    }
-}
-
-// done(n, m, sum) for rows n0 <= n < n1 of w and M rows of shorts, `apart(K)` from one another.  Tiles of
-// up to four rows of shorts meet TILE_ROWS of w in the first-level cache; the first of these fetches the
-// next of w.  More rows of w would not stay there: 4096 bytes apart, each takes the same sets.
+// done(n, m, sum) for rows n0 <= n < n1 of w and M rows of shorts, `apart(K)` from one another.  More
+// than a tile of these meet TILE_ROWS of w in the first-level cache, up to four by two at a time; the
+// first four fetch the next of w.  More rows of w would not stay: 4096 bytes apart, all take one set.
 template <class Done>
 inline void shorts_rows(const int16_t* x, int64_t M, const int8_t* w, int64_t n0, int64_t n1,
                         int64_t K, bool narrow, Done done) {
     if (M <= DotShorts::MOST && (narrow || K <= LANE_INPUTS))
         return matmul_rows<DotShorts>(x, apart(K), M, w, K, n0, n1, K, nullptr, done);
     const int64_t tiles = (M + 3) / 4;
-    const auto first = [&](int64_t tile) { return M * tile / tiles; };  // six rows are twice three
     const std::unique_ptr<double[][TILE_ROWS]> total(new double[M][TILE_ROWS]);
     for (int64_t n = n0; n < n1; n += TILE_ROWS) {
         const int64_t rows = std::min<int64_t>(TILE_ROWS, n1 - n);
         std::memset(total.get(), 0, M * sizeof total[0]);
+        const auto meet = [&](auto height, auto width, int64_t m, int64_t r, int64_t k) {
+            constexpr int H = decltype(height)::value, W = decltype(width)::value;
+            double sums[W][H];
+            const auto run = [&](auto fetch) {
+                dot_tile<DotShorts, int8_t, H, W, fetch>(
+                    x + m * apart(K) + k, apart(K), w + (n + r) * K + k, K, TILE_ROWS * K,
+                    std::min(LANE_INPUTS, K - k), sums);
+            };
+            if (m == 0) run(std::true_type());
+            else run(std::false_type());
+            for (int i = 0; i < W; ++i)
+                for (int j = 0; j < H; ++j) total[m + j][r + i] += sums[i][j];
+        };
         for (int64_t k = 0; k < K; k += LANE_INPUTS)
-            for (int64_t tile = 0; tile < tiles; ++tile)
-                for (int64_t r = 0; r < rows; r += 2)
-                    unrolled<2 * 4>([&](auto shape) INLINED {
-                        constexpr int R = 1 + shape % 2, H = 1 + shape / 2;
-                        const int64_t m = first(tile);
-                        if (first(tile + 1) - m == H && std::min<int64_t>(2, rows - r) == R)
-                            shorts_tile<R, H>(x + m * apart(K) + k, apart(K), w + (n + r) * K + k, K,
-                                              tile ? 0 : TILE_ROWS * K, std::min(LANE_INPUTS, K - k),
-                                              (double(*)[TILE_ROWS])&total[m][r]);
-                    });
+            for (int64_t tile = 0; tile < tiles; ++tile) {  // six rows are twice three
+                const int64_t m = M * tile / tiles, end = M * (tile + 1) / tiles;
+                unrolled<4>([&](auto i) INLINED {
+                    const std::integral_constant<int, 1 + i> height;
+                    const std::integral_constant<int, 1> one;
+                    const std::integral_constant<int, 2> two;
+                    if (end - m != height) return;
+                    int64_t r = 0;
+                    for (; r + 2 <= rows; r += 2) meet(height, two, m, r, k);
+                    if (r < rows) meet(height, one, m, r, k);
+                });
+            }
         for (int64_t r = 0; r < rows; ++r)
             for (int64_t m = 0; m < M; ++m) done(n + r, m, total[m][r]);
     }

@@ -20,7 +20,7 @@ template <class T> constexpr int DIGITS_OF = 0;
 #if defined(HAS_SHORTS)
 constexpr float PEAK = 32.f;
 constexpr float PEAK_OF_HALVES = 4096.f;  // what is cut off is then 2^-17 of an average number
-constexpr int64_t MANY = 32;  // rows from which fp32 is: a row of so many may differ in bits from one alone
+constexpr int64_t MANY = 32;  // rows from which fp32 is: one of these may differ in bits from one alone
 
 template <class T>
 static void int8_linear(const T* x, int64_t x_stride, const int8_t* w, const float* scale,
