@@ -235,6 +235,26 @@ def memory_bars(records: Sequence[Record], title: str) -> str:
         return svg(figure, f"Peak memory: {title}")
 
 
+def near_levels(peaks: dict[str, float]) -> list[list[tuple[str, float]]]:
+    """Peaks from low to high, those together whose names would lie over one another."""
+    together: list[list[tuple[str, float]]] = []
+    for dtype, peak in sorted(peaks.items(), key=lambda item: item[1]):
+        if together and peak < 1.4 * together[-1][-1][1]:
+            together[-1].append((dtype, peak))
+        else:
+            together.append([(dtype, peak)])
+    return together
+
+
+def name_levels(axes: Axes, right: float, peaks: dict[str, float]) -> None:
+    """Each peak's name and rate above its level, of several near ones above the highest."""
+    for near in near_levels(peaks):
+        unit = "GOP/s" if all(dtype.startswith("int") for dtype, _ in near) else "GFLOP/s"
+        named = ", ".join(f"{dtype} {peak / 1e9:.0f}" for dtype, peak in near)
+        axes.text(right, near[-1][1] / 1e9, f"{named} {unit}", ha="right", va="bottom",
+                  fontsize=7.5, color=COLOR["soft"])  # fmt: skip
+
+
 def roofline(records: Sequence[Record], bandwidth: float, peaks: dict[str, float]) -> str:
     """FLOP/s against FLOP per byte under the roofs measured in the same run."""
     points = [(r.info["flops"] / r.info["bytes_moved"], r.info["flops"] / r.seconds, r)
@@ -243,12 +263,11 @@ def roofline(records: Sequence[Record], bandwidth: float, peaks: dict[str, float
         xs = [x for x, _, _ in points]
         knees = [peak / bandwidth for peak in peaks.values()]
         left, right = min([*xs, *knees]) / 3, max([*xs, *knees]) * 3
-        for dtype, peak in sorted(peaks.items(), key=lambda item: item[1]):
+        for peak in peaks.values():
             roof = [bandwidth * left / 1e9, peak / 1e9, peak / 1e9]
             axes.plot([left, peak / bandwidth, right], roof,
                       color=COLOR["soft"], linewidth=1)  # fmt: skip
-            axes.text(right, peak / 1e9, f"{dtype} {peak / 1e9:.0f} GFLOP/s", ha="right",
-                      va="bottom", fontsize=7.5, color=COLOR["soft"])  # fmt: skip
+        name_levels(axes, right, peaks)
         for bound, color in (("memory", "accent"), ("compute", "slower"), (None, "ambiguous")):
             some = [(x, y / 1e9) for x, y, r in points if r.info.get("bound") == bound]
             if some:
@@ -279,10 +298,9 @@ def kernel_roofline(
             axes.plot([left, top / rate], [rate * left / 1e9, top / 1e9], linewidth=1,
                       color=COLOR["soft"], linestyle="-" if name == "copy" else "--",
                       label=f"{name} {rate / 1e9:.0f} GB/s")  # fmt: skip
-        for dtype, peak in sorted(peaks.items(), key=lambda item: item[1]):
+        for peak in peaks.values():
             axes.plot([peak / fastest, right], [peak / 1e9] * 2, color=COLOR["soft"], linewidth=1)
-            axes.text(right, peak / 1e9, f"{dtype} {peak / 1e9:.0f} GFLOP/s", ha="right",
-                      va="bottom", fontsize=7.5, color=COLOR["soft"])  # fmt: skip
+        name_levels(axes, right, peaks)
         for x, y, number, record in points:
             color = {"memory": "accent", "compute": "slower"}.get(
                 str(record.info.get("bound")), "soft"

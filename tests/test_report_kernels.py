@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from reports import kernels, page, schema, study
+from reports import kernels, page, plots, schema, study
 from reports.load import load_run, newest_runs
 from tests.constructed_runs import constructed_run, kernel_record, kernel_run, save
 
@@ -48,6 +48,16 @@ def test_the_roofline_draws_every_cell_under_every_measured_roof(run):
     numbers = re.findall(r"var\(--card\)[^>]*>(\d)</text>", picture)
     assert sorted(numbers) == ["1", "2", "2", "2", "2"], "a number per cell, the operation's"
     assert re.findall(r"<li>(\w+)</li>", html) == ["int8_linear", "rms_norm"]
+
+
+def test_roofs_that_nearly_coincide_share_one_name(run):
+    """Two names 3 % apart would lie over one another."""
+    peaks = {"int16": 271e9, "fp32": 146e9, "int8": 273e9, "fp16": 14e9, "bf16": 12e9}
+    near = [[name for name, _ in level] for level in plots.near_levels(peaks)]
+    assert near == [["bf16", "fp16"], ["fp32"], ["int16", "int8"]]
+    drawn = plots.kernel_roofline([(1, run.records[0])], {"copy": 24e9}, peaks)
+    for name in ("bf16 12, fp16 14 GFLOP/s", "fp32 146 GFLOP/s", "int16 271, int8 273 GOP/s"):
+        assert drawn.count(name) == 1
 
 
 def test_a_later_run_of_kernels_joins_the_study_of_its_machine(run, tmp_path):
